@@ -1,0 +1,98 @@
+"""
+What this machine is: the device, the number type of its matrix products, and the processes that
+torchrun started. One answer for every script.
+"""
+
+import os
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from fineweb import UserError
+
+
+def pick_device(name="auto"):
+    """torch.device for a --device flag: the best there is, or the one named. Raises UserError."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            name = "cuda"
+        else:
+            name = "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda", "mps"):
+        raise UserError(f"unknown device {name!r}: use auto, cpu, cuda, cuda:N or mps")
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise UserError(f"no device {name}: torch sees {count} CUDA devices; use --device auto")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError("no device mps: it takes a Mac with an Apple GPU; use --device auto")
+    return device
+
+
+def pick_dtype(name, device):
+    """torch dtype of autocast for a --dtype flag; auto takes bfloat16 where the GPU has it."""
+    if name == "auto":
+        if device.type != "cuda":
+            return torch.float32
+        name = "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
+    return getattr(torch, name)
+
+
+def autocast(device, dtype):
+    """Context in which matrix products run in `dtype`; float32 needs none."""
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+
+
+def synchronize(device):
+    """Wait until the device has done all it was given, so that clocks tell the truth."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+class Processes(NamedTuple):
+    """This process among those that torchrun started; alone, the only one of one."""
+
+    device: torch.device
+    ddp_rank: int = 0
+    ddp_world_size: int = 1
+
+    @property
+    def master_process(self):
+        """Whether this is the process that prints and saves."""
+        return self.ddp_rank == 0
+
+
+def init_distributed(device_name):
+    """Join the process group if torchrun started us; returns Processes. Raises UserError."""
+    if "RANK" not in os.environ:
+        return Processes(pick_device(device_name))
+    ddp_rank, ddp_local_rank, ddp_world_size = (
+        int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    device = pick_device(device_name)
+    if device.type == "mps":
+        raise UserError("a Mac has one GPU: start without torchrun, or add --device cpu")
+    if device.type == "cuda":
+        if ddp_local_rank >= torch.cuda.device_count():
+            raise UserError(f"process {ddp_local_rank} of this node has no GPU, torch sees "
+                            f"{torch.cuda.device_count()}: lower --nproc_per_node")
+        device = torch.device("cuda", ddp_local_rank)
+        torch.cuda.set_device(device)
+    nccl = device.type == "cuda" and dist.is_nccl_available()
+    dist.init_process_group("nccl" if nccl else "gloo")
+    return Processes(device, ddp_rank, ddp_world_size)
+
+
+def sum_over_ranks(values, device):
+    """Add lists of numbers over all processes, elementwise: gloo knows sums, but no averages."""
+    if not dist.is_initialized():
+        return list(values)
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(total, op=dist.ReduceOp.SUM)
+    return total.tolist()

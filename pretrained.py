@@ -1,0 +1,107 @@
+"""
+Reads GPT-2 weights in Hugging Face's format, from the hub or a folder, into the GPT of
+train_gpt2.py.
+"""
+
+import json
+import re
+from pathlib import Path
+
+import torch
+
+from fineweb import UserError
+
+# OpenAI stored these as (in, out), the transpose of nn.Linear
+TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json",
+                "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+def fetch(name_or_dir, file_name):
+    """
+    Path of one file of a folder or hub repository (downloaded unless cached), None if it has no
+    such file. Raises UserError where there is no such repository or no network.
+    """
+    folder = Path(name_or_dir)
+    if folder.exists():
+        return folder / file_name if (folder / file_name).is_file() else None
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(name_or_dir)):
+        raise UserError(f"no such file or folder: {name_or_dir}")
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    try:
+        return Path(hf_hub_download(str(name_or_dir), file_name))
+    except LocalEntryNotFoundError as error:
+        raise UserError(f"{name_or_dir} is no file or folder here, and the hub cannot be reached: "
+                        "check the name and the network, or set HF_ENDPOINT to a mirror") from error
+    except EntryNotFoundError:
+        return None
+    except OSError as error:  # no such repository, or not for us
+        raise UserError(f"cannot load {name_or_dir} from the hub: {error}") from error
+
+
+def read_config(name_or_dir):
+    """config.json as a dict. Raises UserError unless it describes the model of train_gpt2.py."""
+    path = fetch(name_or_dir, "config.json")
+    if path is None:
+        raise UserError(f"{name_or_dir} is no Hugging Face model: it has no config.json")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+    expected = {"model_type": ("gpt2",), "tie_word_embeddings": (True,),
+                "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+                "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,),
+                "layer_norm_epsilon": (1e-5,), "n_inner": (None, 4 * config.get("n_embd", 0))}
+    for key, allowed in expected.items():
+        if config.get(key, allowed[0]) not in allowed:
+            raise UserError(f"{name_or_dir} is no GPT-2: its {key} is {config[key]!r}, "
+                            f"not {allowed[0]!r}")
+    return config
+
+
+def copy_weights(model, name_or_dir):
+    """Fill `model` tensor by tensor, so that two models never stand in memory."""
+    missing = dict(model.named_parameters())  # the tied matrix counts once, as transformer.wte
+    for path in weight_files(name_or_dir):
+        for name, tensor in read_tensors(path):
+            # OpenAI's own upload has no prefix; the buffers of old causal masks are no weights
+            name = "transformer." + name.removeprefix("transformer.")
+            param = missing.pop(name, None)
+            if param is None:
+                continue
+            tensor = tensor.t() if name.endswith(TRANSPOSED) else tensor
+            if param.shape != tensor.shape:
+                raise UserError(f"{name_or_dir}: {name} has shape {tuple(tensor.shape)}, but "
+                                f"config.json says {tuple(param.shape)}")
+            param.data.copy_(tensor)
+    if missing:
+        raise UserError(f"{name_or_dir} lacks the tensors {', '.join(sorted(missing))}")
+
+
+def weight_files(name_or_dir):
+    """Paths of the files that hold the weights: one, or those an index lists."""
+    path = next((p for name in WEIGHT_FILES if (p := fetch(name_or_dir, name))), None)
+    if path is None:
+        raise UserError(f"{name_or_dir} has no weights: none of {', '.join(WEIGHT_FILES)}")
+    if path.suffix != ".json":
+        return [path]
+    names = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+    paths = [fetch(name_or_dir, name) for name in names]
+    if None in paths:
+        raise UserError(f"{name_or_dir} lacks {names[paths.index(None)]}: download it again")
+    return paths
+
+
+def read_tensors(path):
+    """Yield (name, tensor) over a safetensors file (one in memory at a time) or a torch file."""
+    if path.suffix != ".safetensors":
+        yield from torch.load(path, map_location="cpu", weights_only=True, mmap=True).items()
+        return
+    from safetensors import SafetensorError, safe_open
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118, it is no dict
+                yield name, file.get_tensor(name)
+    except SafetensorError as error:
+        raise UserError(f"{path} is damaged ({error}): download it again") from error

@@ -1,0 +1,353 @@
+"""From text to shards: nothing lost, nothing invented, nothing overwritten."""
+
+import gzip
+import http.server
+import json
+import re
+import threading
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from conftest import ROOT, run_script, small_text
+
+import fineweb
+from fineweb import Tokenizer, UserError, prepare, train_bpe
+
+STRANGE = ["", "a", " ", "\r\n \n\n\t x", "héllo wörld", "你好，世界。红楼梦", "😀👩‍👩‍👧",
+           "\u0000\x7f", "<|endoftext|> is text <|endoftext|>", "  def f(x):\n    return x\n",
+           "\ufeffbom", "ﷺ\u202e"]
+
+
+@pytest.fixture(scope="module")
+def bpe():
+    return train_bpe([small_text()], 400)
+
+
+def split_tokens(folder, split):
+    """All tokens of a split, as stored."""
+    return np.concatenate([np.load(p) for p in fineweb.find_shards(folder, split)] or [[]])
+
+
+def split_text(folder, split):
+    """The documents of a split, decoded."""
+    tokenizer = fineweb.load_data_tokenizer(folder)
+    tokens = split_tokens(folder, split)
+    starts = np.flatnonzero(tokens == tokenizer.eot)
+    return [tokenizer.decode_bytes(part[1:]).decode() for part in np.split(tokens, starts)[1:]]
+
+
+# tokenizers
+
+
+@pytest.mark.parametrize("text", STRANGE)
+def test_bpe_gives_back_every_text(bpe, text):
+    ids = bpe.encode(text)
+    assert bpe.decode_bytes(ids).decode() == text == bpe.decode(ids)
+    assert bpe.eot not in ids and max(ids, default=0) < bpe.vocab_size
+
+
+@pytest.mark.parametrize("text", STRANGE)
+def test_gpt2_gives_back_every_text(gpt2_tokenizer, text):
+    ids = gpt2_tokenizer.encode(text)
+    assert gpt2_tokenizer.decode_bytes(ids).decode() == text
+    assert 50256 not in ids
+
+
+def test_gpt2_ids_are_those_of_openai(gpt2_tokenizer):
+    assert gpt2_tokenizer.encode("Hello, I'm a language model,") == [
+        15496, 11, 314, 1101, 257, 3303, 2746, 11]
+    assert (gpt2_tokenizer.vocab_size, gpt2_tokenizer.eot) == (50257, 50256)
+
+
+def test_trained_tokenizer_has_the_size_asked_for_and_merges(bpe):
+    assert (bpe.vocab_size, bpe.eot, bpe.spec) == (400, 399, "bpe:400")
+    assert len(bpe.encode(small_text())) < 0.7 * len(small_text())
+
+
+def test_tokenizer_is_rebuilt_from_its_state(bpe):
+    again = Tokenizer(**json.loads(json.dumps(bpe.state())))
+    assert again.encode(small_text()) == bpe.encode(small_text())
+
+
+def test_decode_holds_back_half_a_character(bpe):
+    ids = bpe.encode("梦")  # three bytes, none of them merged
+    assert len(ids) == 3
+    assert [bpe.decode(ids[:n]) for n in range(4)] == ["", "", "", "梦"]
+    assert bpe.decode([ids[0], *bpe.encode("a")]) == "\ufffda"
+
+
+@pytest.mark.parametrize("spec", ["gpt3", "bpe:", "bpe:100", "bpe:x", ""])
+def test_bad_tokenizer_specs(spec, text_file, tmp_path):
+    with pytest.raises(UserError, match=r"bpe:\d+"):
+        prepare([text_file], tmp_path / "out", spec)
+    assert not (tmp_path / "out").exists()
+
+
+# small corpora
+
+
+def test_small_corpus_is_split_by_text(text_file, data_dir):
+    train, val = split_text(data_dir, "train"), split_text(data_dir, "val")
+    assert len(train) == len(val) == 1
+    text = small_text()
+    assert train[0] + val[0] == text
+    assert 0.9 * len(text) - 200 < len(train[0]) <= 0.9 * len(text)
+    assert train[0].endswith("\n")
+    meta = fineweb.read_meta(data_dir)
+    for split, parts in (("train", train), ("val", val)):
+        tokens = split_tokens(data_dir, split)
+        assert tokens.dtype == np.uint16 and tokens[0] == meta["eot"]
+        assert meta["splits"][split] == {
+            "tokens": len(tokens), "documents": 1, "bytes": len(parts[0].encode())}
+    # the tokenizer has seen the train part only
+    tokenizer = fineweb.load_data_tokenizer(data_dir)
+    assert tokenizer.tokenizer_json == train_bpe(train, 300).tokenizer_json
+
+
+def test_no_line_end_to_cut_at(tmp_path):
+    (tmp_path / "a.txt").write_text("梦" * 1000, encoding="utf-8")
+    prepare([tmp_path / "a.txt"], tmp_path / "out", "bpe:257")
+    assert [len(split_text(tmp_path / "out", s)[0]) for s in ("train", "val")] == [900, 100]
+
+
+def test_text_files_are_taken_as_they_are(tmp_path):
+    text = "one\r\ntwo\r\n" * 50 + "<|endoftext|>\r\nno line end"
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    prepare([tmp_path / "a.txt"], tmp_path / "out", "bpe:270")
+    documents = split_text(tmp_path / "out", "train") + split_text(tmp_path / "out", "val")
+    assert "".join(documents) == text
+    # no token of the text is end-of-text
+    assert fineweb.read_meta(tmp_path / "out")["splits"]["train"]["documents"] == 1
+
+
+def test_all_readers_give_the_same_documents(tmp_path):
+    texts = [text for text in STRANGE if text] * 20
+    folder = tmp_path / "in"
+    folder.mkdir()
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    (folder / "a.jsonl").write_text(lines + "\n" + '{"text": ""}', encoding="utf-8")
+    with gzip.open(folder / "b.jsonl.gz", "wt", encoding="utf-8") as file:
+        file.write(lines)
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts, "n": [1] * len(texts)}),
+                                folder / "c.parquet")
+    (folder / "ignored.md").write_text("x")
+    read = [text for text, starts in fineweb.iterate_source([folder]) if starts]
+    assert read == texts * 3
+    prepare([folder], tmp_path / "out", "bpe:300", val_fraction=0.3)
+    documents = split_text(tmp_path / "out", "train") + split_text(tmp_path / "out", "val")
+    assert "".join(documents) == "".join(texts * 3)
+
+
+def test_half_a_surrogate_pair_becomes_a_question_mark(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a\\ud83d b"}\n', encoding="utf-8")
+    assert list(fineweb.iterate_source([tmp_path / "a.jsonl"])) == [("a? b", True)]
+
+
+def test_long_documents_come_in_pieces_that_join(monkeypatch, tmp_path):
+    monkeypatch.setattr(fineweb, "PIECE_CHARS", 100)
+    text = small_text(5000).replace("\n\n", "\r\n")
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    (tmp_path / "b.jsonl").write_text(json.dumps({"text": "x" * 1234}), encoding="utf-8")
+    pieces = list(fineweb.iterate_source([tmp_path / "a.txt", tmp_path / "b.jsonl"]))
+    assert [starts for _, starts in pieces].count(True) == 2 and len(pieces) > 30
+    assert "".join(piece for piece, _ in pieces) == text + "x" * 1234
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("a.txt", b"", "no text"), ("a.txt", "词".encode("gbk"), "not UTF-8.*iconv"),
+    ("a.jsonl", b'{"text": "a"}\n{"txt": "b"}\n', "line 2.*text_column"),
+    ("a.jsonl", b"not json\n", "no UTF-8 JSON"), ("a.jsonl.gz", b"not gzip", "no UTF-8 JSON"),
+    ("a.parquet", b"not parquet", "parquet"), ("a.pdf", b"%PDF", "cannot read")])
+def test_bad_sources_are_named_and_write_nothing(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"(?s){message}"):
+        prepare([tmp_path / name], tmp_path / "out", "bpe:300")
+    assert not (tmp_path / "out").exists()
+
+
+def test_unknown_source():
+    with pytest.raises(UserError, match="neither 'builtin'"):
+        list(fineweb.iterate_source(["no such thing"]))
+
+
+# large corpora
+
+
+def test_large_corpus_fills_shards_of_equal_size(text_file, tmp_path):
+    fineweb.prepare([text_file], tmp_path, "bpe:300", shard_size=1000)  # 240 kB would be large
+    meta = fineweb.read_meta(tmp_path)
+    paths = fineweb.find_shards(tmp_path, "val") + fineweb.find_shards(tmp_path, "train")
+    assert [p.name for p in paths] == ["edufineweb_val_000000.npy"] + [
+        f"edufineweb_train_{i:06d}.npy" for i in range(1, len(paths))]
+    shards = [np.load(p) for p in paths]
+    assert {len(s) for s in shards[:-1]} == {1000} and 0 < len(shards[-1]) <= 1000
+    tokenizer = fineweb.load_data_tokenizer(tmp_path)
+    tokens = np.concatenate(shards)
+    assert tokens[0] == tokenizer.eot and list(tokens).count(tokenizer.eot) == 1
+    assert tokenizer.decode_bytes(tokens[1:]).decode() == small_text()
+    # the one document straddles the splits, and its bytes are shared out
+    assert meta["splits"]["val"] == {
+        "tokens": 1000, "documents": 1, "bytes": len(tokenizer.decode_bytes(tokens[1:1000]))}
+    assert sum(meta["splits"][s]["bytes"] for s in ("val", "train")) == len(small_text().encode())
+
+
+def test_large_vocabulary_takes_uint32(monkeypatch, tmp_path, bpe):
+    monkeypatch.setattr(bpe, "vocab_size", 65_536)
+    fineweb.write_shards([("val", "abc", True), ("train", "abc", True)], bpe, tmp_path, 100)
+    assert fineweb.open_shard(tmp_path / "edufineweb_val_000000.npy").dtype == np.uint32
+
+
+# the folder
+
+
+def test_a_complete_folder_is_left_alone(text_file, tmp_path, capsys):
+    out = tmp_path / "out"
+    meta = prepare([text_file], out, "bpe:300")
+    before = {p: p.stat().st_mtime_ns for p in out.iterdir()}
+    assert prepare([text_file], out, "bpe:300") == meta
+    assert {p: p.stat().st_mtime_ns for p in out.iterdir()} == before
+    with pytest.raises(UserError, match=r"bpe:300.*not 'bpe:301'.*another --out"):
+        prepare([text_file], out, "bpe:301")
+    assert {p: p.stat().st_mtime_ns for p in out.iterdir()} == before
+
+
+def test_a_half_done_folder_is_finished(text_file, tmp_path, monkeypatch):
+    def fail(*args):
+        raise KeyboardInterrupt
+
+    whole = tmp_path / "whole"
+    prepare([text_file], whole, "bpe:300")
+    with monkeypatch.context() as patch:
+        patch.setattr(fineweb.ShardWriter, "close", fail)
+        with pytest.raises(KeyboardInterrupt):
+            prepare([text_file], tmp_path / "out", "bpe:300")
+    assert not (tmp_path / "out" / "meta.json").exists()
+    with pytest.raises(UserError, match="another --out"):
+        prepare([text_file], tmp_path / "out", "bpe:301")
+    prepare([text_file], tmp_path / "out", "bpe:300")
+    for path in whole.iterdir():
+        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
+    assert sorted(p.name for p in whole.iterdir()) == sorted(
+        p.name for p in (tmp_path / "out").iterdir())
+
+
+def test_shards_of_others_are_not_overwritten(text_file, tmp_path):
+    np.save(tmp_path / "edufineweb_train_000001.npy", np.zeros(10, np.uint16))
+    with pytest.raises(UserError, match="not made here"):
+        prepare([text_file], tmp_path, "bpe:300")
+
+
+def test_tokenizer_of_another_folder_is_noticed(text_file, tmp_path):
+    prepare([text_file], tmp_path, "bpe:300")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match="not the tokenizer"):
+        fineweb.load_data_tokenizer(tmp_path)
+
+
+# sources other than local files
+
+
+def test_builtin_text_is_real_and_always_the_same(tmp_path):
+    documents = fineweb.builtin_documents()
+    assert 1_000_000 < sum(map(len, documents)) < 10_000_000
+    assert any("Coroutines" in text for text in documents)  # the language reference
+    fineweb.builtin_documents.cache_clear()
+    assert fineweb.builtin_documents() == documents
+
+
+def test_real_documents_with_gpt2(real_data, gpt2_tokenizer, tmp_path):
+    meta = prepare([real_data / "fineweb_edu_sample.jsonl"], tmp_path, "gpt2")
+    texts = [json.loads(line)["text"] for line in (real_data / "fineweb_edu_sample.jsonl").open(
+        encoding="utf-8")]
+    documents = split_text(tmp_path, "train") + split_text(tmp_path, "val")
+    assert "".join(documents) == "".join(texts)
+    assert len(gpt2_tokenizer.encode(texts[0])) == 845
+    assert meta["splits"]["train"]["documents"] + meta["splits"]["val"]["documents"] in (133, 134)
+
+
+class FakeHub(http.server.BaseHTTPRequestHandler):
+    """Enough of the hub's protocol for one dataset repository of two parquet files."""
+
+    files = None  # {path in the repository: content}
+    sha = "0123456789abcdef0123456789abcdef01234567"
+
+    def reply(self, body, status=200, **headers):
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def do_GET(self):
+        path = self.path.split("?")[0]
+        entries = [{"type": "file", "path": p, "size": len(c), "oid": "0" * 40}
+                   for p, c in self.files.items()]
+        if match := re.fullmatch(r"/datasets/me/texts/resolve/[^/]+/(.*)", path):
+            content = self.files.get(match.group(1))
+            if content is None:
+                self.reply(b"", 404, X_Error_Code="EntryNotFound")
+            else:
+                self.reply(content, ETag=f'"{abs(hash(content))}"', X_Repo_Commit=self.sha)
+        elif "/tree/" in path:
+            inside = path.split(self.sha)[-1].split("main")[-1].strip("/")
+            self.reply(json.dumps([e for e in entries if e["path"].startswith(inside)]).encode(),
+                       Content_Type="application/json")
+        elif path.startswith("/api/datasets/me/texts"):
+            self.reply(json.dumps({
+                "id": "me/texts", "sha": self.sha, "private": False, "tags": [], "downloads": 0,
+                "siblings": [{"rfilename": p} for p in self.files]}).encode(),
+                Content_Type="application/json")
+        else:
+            self.reply(b"{}", 404, X_Error_Code="RepoNotFound")
+
+    do_HEAD = do_GET
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.reply(json.dumps([{"type": "file", "path": p, "size": len(c), "oid": "0" * 40}
+                               for p, c in self.files.items()]).encode(),
+                   Content_Type="application/json")
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def fake_hub(tmp_path):
+    files = {}
+    for i in range(2):
+        table = pyarrow.table({"text": [f"document {n} of file {i}\n" * 20 for n in range(30)]})
+        pyarrow.parquet.write_table(table, tmp_path / "part.parquet")
+        files[f"train-0000{i}-of-00002.parquet"] = (tmp_path / "part.parquet").read_bytes()
+    handler = type("Handler", (FakeHub,), {"files": files})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+def test_hub_dataset_is_read_file_by_file(fake_hub, tmp_path):
+    env = {"HF_ENDPOINT": fake_hub, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1"}
+    done = run_script(ROOT / "fineweb.py", "--source", "me/texts", "--tokenizer", "bpe:300",
+                      "--out", "out", "--shard_size", 2000, cwd=tmp_path, env=env)
+    assert done.returncode == 0, done.stderr
+    tokens = np.concatenate([split_tokens(tmp_path / "out", s) for s in ("val", "train")])
+    expected = "".join(f"document {n} of file {i}\n" * 20 for i in range(2) for n in range(30))
+    tokenizer = fineweb.load_data_tokenizer(tmp_path / "out")
+    assert tokenizer.decode(tokens[tokens != tokenizer.eot]) == expected
+    left = [p.stat().st_size for p in (tmp_path / "hf").rglob("*") if p.is_file()]
+    assert max(left) < 500  # each parquet file was dropped when it was done
+
+
+def test_unknown_hub_dataset_costs_one_line(fake_hub, tmp_path):
+    env = {"HF_ENDPOINT": fake_hub, "HF_HOME": str(tmp_path / "hf")}
+    done = run_script(ROOT / "fineweb.py", "--source", "me/others",
+                      "--tokenizer", "bpe:300", cwd=tmp_path, env=env)
+    assert done.returncode == 2
+    assert "error: cannot list the files of me/others" in done.stderr.splitlines()[-1]
+    assert "HF_ENDPOINT" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "edu_fineweb10B").exists()

@@ -1,0 +1,104 @@
+"""The data loader: the batch is a pure function of the step, whatever the number of processes."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from fineweb import UserError
+from train_gpt2 import DataLoaderLite
+
+T = 8
+LENGTHS = {"val_000000": 100, "train_000001": 83, "train_000002": 7, "train_000003": 58,
+           "train_000004": 161}  # 10 + 0 + 7 + 20 train sequences; shard 2 is too short for one
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """Shards whose token ids tell their place: 1000 * shard + offset."""
+    for name, length in LENGTHS.items():
+        tokens = np.arange(length) + 1000 * int(name[-1])
+        np.save(tmp_path / f"edufineweb_{name}.npy", tokens.astype(np.uint16))
+    np.save(tmp_path / "edufineweb_train_000009.npy.tmp.npy", np.zeros(3))  # strays are ignored
+    (tmp_path / "meta.json").write_text(json.dumps({"tokenizer": "gpt2", "vocab_size": 50257}))
+    return tmp_path
+
+
+def sequences_of_step(folder, step, B, world_size, grad_accum_steps, **options):
+    """The first tokens of all sequences that all ranks see in a step."""
+    starts = []
+    for rank in range(world_size):
+        loader = DataLoaderLite(folder, "train", B, T, rank, world_size,
+                                grad_accum_steps=grad_accum_steps, **options)
+        for micro_step in range(grad_accum_steps):
+            x, y = loader.batch(step, micro_step)
+            assert x.shape == y.shape == (B, T) and x.dtype == y.dtype == torch.int64
+            assert torch.equal(x[:, 1:], y[:, :-1]) and torch.equal(y, x + 1)
+            starts += x[:, 0].tolist()
+    return starts
+
+
+def test_stored_order_without_shuffle(shards):
+    expected = [1000 * shard + T * i for shard, n in ((1, 10), (3, 7), (4, 20)) for i in range(n)]
+    seen = [start for step in range(37)
+            for start in sequences_of_step(shards, step, 1, 1, 1, shuffle=False)]
+    assert seen == expected
+
+
+def test_every_epoch_sees_every_sequence_once_in_its_own_order(shards):
+    loader = DataLoaderLite(shards, "train", 37, T)
+    epochs = [loader.batch(step)[0][:, 0].tolist() for step in range(3)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(epochs[2])
+    assert len(set(epochs[0])) == 37 == loader.num_sequences
+    assert epochs[0] != epochs[1] != epochs[2]
+    other = DataLoaderLite(shards, "train", 37, T, seed=1)
+    assert other.batch(0)[0][:, 0].tolist() != epochs[0]
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("B, world_size, grad_accum_steps",
+                         [(6, 2, 1), (4, 3, 1), (1, 12, 1), (3, 2, 2), (2, 1, 6), (1, 1, 12)])
+def test_a_step_sees_the_same_set_for_every_split_of_the_work(
+        shards, B, world_size, grad_accum_steps, shuffle):
+    # 12 sequences a step, 37 an epoch: steps 3 and 6 straddle the ends of epochs
+    for step in range(8):
+        one = sequences_of_step(shards, step, 12, 1, 1, shuffle=shuffle)
+        split = sequences_of_step(shards, step, B, world_size, grad_accum_steps, shuffle=shuffle)
+        assert sorted(split) == sorted(one)
+
+
+def test_batch_does_not_depend_on_what_was_read_before(shards):
+    used = DataLoaderLite(shards, "train", 3, T)
+    for step in range(40):
+        used.batch(step)
+    fresh = DataLoaderLite(shards, "train", 3, T)
+    assert torch.equal(used.batch(5)[0], fresh.batch(5)[0])
+    assert len(used._open) <= 2  # old memory maps are let go
+
+
+def test_ids_beyond_the_vocabulary_are_refused_by_name(shards):
+    with pytest.raises(UserError, match=r"train_000004\.npy has token id 4160.*4100"):
+        DataLoaderLite(shards, "train", 1, T, vocab_size=4100)
+
+
+@pytest.mark.parametrize("damage, message", [
+    (lambda path: path.write_bytes(path.read_bytes()[:-10]), "truncated"),
+    (lambda path: path.write_bytes(b"not numpy at all"), "truncated or no .npy"),
+    (lambda path: path.write_bytes(b""), "truncated or no .npy"),
+    (lambda path: np.save(path, np.zeros((3, 4))), "2-D float64")])
+def test_foreign_and_truncated_shards_are_named(shards, damage, message):
+    damage(shards / "edufineweb_train_000003.npy")
+    with pytest.raises(UserError, match="edufineweb_train_000003.npy.*" + message):
+        DataLoaderLite(shards, "train", 1, T)
+
+
+def test_missing_data_says_what_to_run(shards, tmp_path):
+    with pytest.raises(UserError, match=r"does not exist.*run python fineweb\.py"):
+        DataLoaderLite(tmp_path / "nowhere", "train", 1, T)
+    for path in shards.glob("edufineweb_train*"):
+        path.unlink()
+    with pytest.raises(UserError, match=r"no train shard.*run python fineweb\.py"):
+        DataLoaderLite(shards, "train", 1, T)
+    with pytest.raises(UserError, match="smaller --T"):
+        DataLoaderLite(shards, "val", 1, 100)

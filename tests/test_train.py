@@ -1,0 +1,249 @@
+"""The training loop: schedule, logs, checkpoints, resume, processes."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import ROOT, TINY, read_log, run_script, tiny_config
+
+import hellaswag
+import train_gpt2
+from fineweb import UserError
+from train_gpt2 import TrainConfig, find_checkpoint, get_lr, parse_config, train
+
+
+@pytest.mark.parametrize("step, lr", [
+    (0, 6e-4 / 715), (714, 6e-4), (715, 6e-4), (19_072, 6e-5), (19_073, 6e-5), (99_999, 6e-5)])
+def test_learning_rate_of_the_recipe(step, lr):
+    assert get_lr(step, TrainConfig()) == pytest.approx(lr, rel=1e-6)
+
+
+def test_learning_rate_without_warmup_and_without_decay():
+    no_warmup = TrainConfig(warmup_steps=0, max_steps=10)
+    assert get_lr(0, no_warmup) == 6e-4 and get_lr(10, no_warmup) == 6e-5
+    all_warmup = TrainConfig(warmup_steps=10, max_steps=10)
+    assert get_lr(9, all_warmup) == 6e-4 and get_lr(10, all_warmup) == 6e-5
+    halfway = TrainConfig(warmup_steps=0, max_steps=10, max_lr=1.0, min_lr=0.0)
+    assert get_lr(5, halfway) == pytest.approx(0.5)
+
+
+def test_defaults_are_the_124m_recipe():
+    preset, config = parse_config([])
+    assert preset is None and config == TrainConfig()
+    assert (config.B, config.T, config.total_batch_size, config.max_steps) == (
+        64, 1024, 524_288, 19_073)
+    assert train_gpt2.check_config(config, 8) == 1 and train_gpt2.check_config(config, 1) == 8
+
+
+def test_explicit_flags_win_over_the_preset():
+    preset, config = parse_config(["--max_steps", "7", "--preset", "demo", "--compile"])
+    assert preset == "demo" and config.max_steps == 7 and config.compile is True
+    assert config == replace(TrainConfig(**train_gpt2.PRESETS["demo"]), max_steps=7, compile=True)
+    assert parse_config(["--no_compile", "--no_shuffle"])[1] == TrainConfig(
+        compile=False, shuffle=False)
+
+
+# a run
+
+
+def test_a_run_learns_logs_and_saves(data_dir, tmp_path, capsys):
+    config = tiny_config(data_dir, tmp_path, max_steps=40, eval_every=20, save_every=20,
+                         print_every=10, max_lr=3e-3)
+    result = train(config)
+    out = capsys.readouterr().out
+    for line in ("using device: cpu", "total desired batch size: 256",
+                 "=> calculated gradient accumulation steps: 2",
+                 "found 1 shards for split train", "the val split is small: all",
+                 "using fused AdamW: True", "num decayed parameter tensors: 10,",
+                 "[Sample 4] "):
+        assert line in out
+    steps = [line for line in out.splitlines() if line.startswith("step ")]
+    assert [line.split("|")[0].split()[1] for line in steps] == ["0", "10", "20", "30", "39"]
+    assert all(" | eta " in line and "tok/sec: " in line for line in steps)
+
+    train_loss, val = read_log(tmp_path, "train"), read_log(tmp_path, "val")
+    assert list(train_loss) == list(range(40)) and list(val) == [0, 20, 40]
+    assert train_loss[0] == pytest.approx(math.log(384), abs=0.1)  # 300 rounded up to 128s
+    assert val[40] < val[20] < val[0]
+    assert val[40] == pytest.approx(result["val_loss"], rel=1e-5)
+    assert result["train_loss"] == pytest.approx(train_loss[39], rel=1e-5)
+    assert read_log(tmp_path, "lr")[39] == pytest.approx(get_lr(39, config), rel=1e-5)
+    assert sorted(p.name for p in tmp_path.glob("*.pt")) == ["model_00020.pt", "model_00040.pt"]
+    assert result["checkpoint"] == str(tmp_path / "model_00040.pt")
+
+
+def test_bits_per_byte_count_the_bytes_of_the_text(data_dir, tmp_path):
+    result = train(tiny_config(data_dir, tmp_path))
+    totals = train_gpt2.fineweb.read_meta(data_dir)["splits"]["val"]
+    nats = result["val_loss"] * totals["tokens"]
+    assert result["bits_per_byte"] == pytest.approx(nats / math.log(2) / totals["bytes"])
+    # a model that knows nothing pays log2(V) bits a token
+    assert 0.9 < result["bits_per_byte"] / (math.log2(384) * totals["tokens"] / totals["bytes"]) < 1.1
+
+
+def test_val_loss_is_the_mean_over_a_fixed_number_of_tokens(data_dir, tmp_path):
+    losses = {B: train(tiny_config(data_dir, tmp_path / str(B), B=B, max_steps=0, val_tokens=1000,
+                                   block_size=64))["val_loss"] for B in (1, 4, 8)}
+    loader = train_gpt2.DataLoaderLite(data_dir, "val", 31, 32, shuffle=False)
+    torch.manual_seed(1337)
+    config = tiny_config(data_dir, tmp_path, block_size=64)
+    model = train_gpt2.build_model(config, 300)
+    expected = model(*loader.batch(0))[1].item()  # 1000 // 32 = 31 sequences
+    for loss in losses.values():
+        assert loss == pytest.approx(expected, abs=1e-5)
+
+
+def test_accumulation_equals_one_large_batch(data_dir, tmp_path):
+    for B in (8, 4, 1):
+        train(tiny_config(data_dir, tmp_path / str(B), B=B, max_steps=10))
+    whole, whole_norm = read_log(tmp_path / "8", "train"), read_log(tmp_path / "8", "norm")
+    for B in ("4", "1"):
+        assert read_log(tmp_path / B, "train") == pytest.approx(whole, abs=2e-4)
+        assert read_log(tmp_path / B, "norm") == pytest.approx(whole_norm, rel=2e-3)
+
+
+def test_gradients_are_clipped(data_dir, tmp_path):
+    free = train(tiny_config(data_dir, tmp_path / "a", grad_clip=0))
+    clipped = train(tiny_config(data_dir, tmp_path / "b", grad_clip=1e-9))
+    assert read_log(tmp_path / "a", "norm")[0] == read_log(tmp_path / "b", "norm")[0] > 0.1
+    assert clipped["train_loss"] > free["train_loss"]
+
+
+def test_bfloat16_autocast(data_dir, tmp_path):
+    exact = train(tiny_config(data_dir, tmp_path / "a"))["val_loss"]
+    rounded = train(tiny_config(data_dir, tmp_path / "b", dtype="bfloat16"))["val_loss"]
+    assert rounded != exact and rounded == pytest.approx(exact, abs=0.02)
+
+
+def test_evaluation_does_not_change_training(data_dir, tmp_path):
+    train(tiny_config(data_dir, tmp_path / "a", eval_every=0, sample_every=0, save_every=0))
+    train(tiny_config(data_dir, tmp_path / "b", eval_every=1, sample_every=1, save_every=1))
+    assert read_log(tmp_path / "a", "train") == read_log(tmp_path / "b", "train")
+
+
+# checkpoints
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+def test_a_checkpoint_holds_plain_values_only(log_dir):
+    path = find_checkpoint(log_dir)
+    checkpoint = load(path)  # weights_only: refuses anything else
+    assert checkpoint["step"] == 6
+    assert not any(key.startswith(("module.", "_orig_mod.")) for key in checkpoint["model"])
+    model = train_gpt2.load_model(path)
+    assert model.transformer.wte.weight is model.lm_head.weight
+    assert all(torch.equal(p, checkpoint["model"][name]) for name, p in model.named_parameters())
+    assert train_gpt2.load_tokenizer(log_dir).vocab_size == 300
+
+
+def test_newest_checkpoint_is_found_by_number(tmp_path):
+    for name in ("model_00900.pt", "model_100000.pt", "model_99999.pt", "model_200000.pt.tmp"):
+        (tmp_path / name).touch()
+    assert find_checkpoint(tmp_path).name == "model_100000.pt"
+    assert find_checkpoint(tmp_path / "nowhere") is None
+
+
+def test_resumed_run_equals_straight_run_bit_for_bit(data_dir, tmp_path, capsys):
+    config = tiny_config(data_dir, tmp_path / "straight", max_steps=12, eval_every=4, save_every=4)
+    train(config)
+    broken = replace(config, log_dir=str(tmp_path / "broken"))
+    train(broken)
+    for step in (4, 8):  # as if killed after these steps, with lines in the log past them
+        for path in (tmp_path / "broken").glob("*.pt"):
+            if int(path.stem.split("_")[1]) > step:
+                path.unlink()
+        train(replace(broken, resume=True))
+        assert f"at step {step}" in capsys.readouterr().out
+    logs = [(tmp_path / name / "log.txt").read_text() for name in ("straight", "broken")]
+    assert logs[0] == logs[1]
+    straight, resumed = (load(tmp_path / name / "model_00012.pt") for name in ("straight", "broken"))
+    for name, tensor in straight["model"].items():
+        assert torch.equal(tensor, resumed["model"][name]), name
+    for key, state in straight["optimizer"]["state"].items():
+        assert all(torch.equal(v, resumed["optimizer"]["state"][key][n]) for n, v in state.items())
+
+
+def test_resume_without_a_checkpoint_starts_from_scratch(data_dir, tmp_path, capsys):
+    result = train(tiny_config(data_dir, tmp_path, resume=True))
+    assert result["step"] == 6
+    assert "to resume: starting from scratch" in capsys.readouterr().out
+
+
+def test_resume_of_another_model_is_refused(data_dir, log_dir):
+    with pytest.raises(UserError, match="n_layer 2, not 3"):
+        train(tiny_config(data_dir, log_dir, resume=True, n_layer=3))
+
+
+def test_a_new_run_sets_the_earlier_one_aside(data_dir, tmp_path):
+    for _ in range(3):
+        train(tiny_config(data_dir, tmp_path))
+    for folder in ("", "previous_1", "previous_2"):
+        assert (tmp_path / folder / "model_00006.pt").is_file()
+        assert len(read_log(tmp_path / folder, "train")) == 6
+
+
+def test_init_from_a_checkpoint(data_dir, log_dir, tmp_path):
+    before = train(tiny_config(data_dir, tmp_path / "a", max_steps=0))["val_loss"]
+    after = train(tiny_config(data_dir, tmp_path / "b", max_steps=0, init_from=str(log_dir)))
+    assert after["val_loss"] < before - 0.05
+    with pytest.raises(UserError, match="lower --T"):
+        train(tiny_config(data_dir, tmp_path / "c", init_from=str(log_dir), T=64, block_size=64))
+
+
+# HellaSwag during training
+
+
+def test_training_goes_on_without_hellaswag(data_dir, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HELLASWAG_URL", "http://127.0.0.1:9/none")
+    monkeypatch.setattr(hellaswag.time, "sleep", lambda seconds: None)
+    assert train(tiny_config(data_dir, tmp_path, hellaswag_every=2))["step"] == 6
+    assert capsys.readouterr().out.count("warning: training goes on without HellaSwag") == 1
+
+
+def test_hellaswag_accuracy_is_logged(data_dir, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    hellaswag.DATA_FILE.parent.mkdir()
+    line = '{"ctx": "A man", "endings": ["a", "b", "c", "d"], "label": 0}\n'
+    hellaswag.DATA_FILE.write_text(line * 8)
+    train(tiny_config(data_dir, tmp_path, hellaswag_every=3, hellaswag_limit=4))
+    assert list(read_log(tmp_path, "hella")) == [0, 3, 6]
+    assert "/4=" in next(line for line in capsys.readouterr().out.splitlines() if "HellaSwag" in line)
+
+
+# processes
+
+
+def test_two_processes_train_as_one(data_dir, tmp_path):
+    flags = [x for name, value in TINY.items() for x in (f"--{name}", value)]
+    flags += ["--data_dir", data_dir, "--max_steps", 10, "--B", 1, "--eval_every", 5]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    one = run_script(ROOT / "train_gpt2.py", *flags, "--log_dir", tmp_path / "one")
+    two = run_script(*torchrun, ROOT / "train_gpt2.py", *flags, "--log_dir", tmp_path / "two")
+    assert one.returncode == 0, one.stderr
+    assert two.returncode == 0, two.stderr
+    # 8 micro-steps against 2 x 4: an update that lacks the first micro-steps' gradients differs
+    assert "gradient accumulation steps: 4" in two.stdout and two.stdout.count("using device") == 1
+    for stream, tolerance in (("train", 2e-4), ("val", 2e-4), ("norm", 2e-3)):
+        expected = read_log(tmp_path / "one", stream)
+        assert len(expected) == (3 if stream == "val" else 10)
+        assert read_log(tmp_path / "two", stream) == pytest.approx(expected, abs=tolerance)
+    weights = [load(find_checkpoint(tmp_path / name))["model"] for name in ("one", "two")]
+    for name, tensor in weights[0].items():
+        assert torch.allclose(tensor, weights[1][name], atol=1e-3), name
+
+
+def test_importing_a_module_only_defines(tmp_path):
+    code = ("import sys, {module}; print(sorted(set(sys.modules) & {{'torch', 'transformers', "
+            "'datasets', 'tiktoken', 'tokenizers', 'pyarrow', 'matplotlib', 'requests'}}))")
+    for module, expected in (("fineweb", []), ("devices", ["torch"]), ("sample", ["torch"]),
+                             ("pretrained", ["torch"]), ("hellaswag", ["torch"]),
+                             ("train_gpt2", ["torch"])):
+        done = run_script("-c", code.format(module=module), cwd=tmp_path,
+                          env={"PYTHONPATH": str(ROOT)})
+        assert done.stdout.strip() == str(expected), done.stderr
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,797 @@
+"""
+GPT-2 and its training loop: everything there is to understand, top to bottom.
+
+    python train_gpt2.py --preset demo                       # minutes on two CPU cores, no network
+    python train_gpt2.py --B 4 --T 128 --total_batch_size 8192 --max_steps 2000        # a laptop
+    torchrun --nproc_per_node=8 train_gpt2.py                # the 124M run on 10B tokens
+
+A run is (model, optimizer, step): the learning rate, the batch and everything else is a pure
+function of the step, so a run continues from a checkpoint exactly where it was.
+"""
+
+import argparse
+import itertools
+import math
+import os
+import re
+import time
+from collections import OrderedDict
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+import fineweb
+import hellaswag
+import pretrained
+import sample
+from devices import autocast, init_distributed, pick_dtype, sum_over_ranks, synchronize
+from fineweb import UserError
+
+# -----------------------------------------------------------------------------
+# the model
+
+
+@dataclass
+class GPTConfig:
+    """Shape of a GPT. The defaults are GPT-2 124M."""
+
+    block_size: int = 1024  # longest sequence, in tokens
+    vocab_size: int = 50257  # 50,000 BPE merges + 256 bytes + 1 end-of-text
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    # rows of the embedding; a multiple of 128 suits matrix units (50257 -> 50304). No token uses
+    # the extra rows: whoever picks a token from logits cuts them at vocab_size
+    padded_vocab_size: int | None = None
+
+    def __post_init__(self):
+        if self.padded_vocab_size is None:
+            self.padded_vocab_size = math.ceil(self.vocab_size / 128) * 128
+        if min(self.block_size, self.vocab_size, self.n_layer, self.n_head, self.n_embd) < 1:
+            raise UserError(f"every size of the model must be positive, got {asdict(self)}")
+        if self.n_embd % self.n_head:
+            near = max(self.n_embd // self.n_head, 1) * self.n_head
+            raise UserError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}: "
+                            f"choose n_embd {near}, or another n_head")
+
+
+MODEL_SHAPES = {
+    "gpt2": dict(n_layer=12, n_head=12, n_embd=768),  # 124M
+    "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),  # 350M
+    "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),  # 774M
+    "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),  # 1558M
+}
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.n_head = config.n_head
+        self.layer = layer  # which layer of a KV cache is ours
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # query, key, value at once
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x, kv_cache=None):
+        B, T, C = x.size()
+        q, k, v = self.c_attn(x).split(C, dim=2)
+        # nh heads of size hs = C // nh, each attending by itself
+        q = q.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
+        k = k.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
+        v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
+        if kv_cache is not None:
+            k, v = kv_cache.append(self.layer, k, v)  # (B, nh, S, hs), S = all tokens so far
+        S = k.size(2)
+        # is_causal aligns query 0 with key 0, which is right only if nothing is cached. One query
+        # sees every key; several queries after cached keys need the mask spelled out
+        mask = None
+        if T not in (1, S):
+            mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)  # (T, S)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=T == S)
+        y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side again, (B, T, C)
+        return self.c_proj(y)
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x):
+        # GPT-2 was trained with the tanh form of GELU, and the weights remember it
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))  # (B, T, C)
+
+
+class Block(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.attn = CausalSelfAttention(config, layer)
+        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.mlp = MLP(config)
+
+    def forward(self, x, kv_cache=None):
+        # the residual stream x is only ever added to: gradients reach every layer undiminished
+        x = x + self.attn(self.ln_1(x), kv_cache)
+        x = x + self.mlp(self.ln_2(x))
+        return x
+
+
+class GPT(nn.Module):
+    """
+    GPT-2 (Radford et al. 2019), with the module names of OpenAI's and Hugging Face's weights.
+    Without dropout, so train and eval mode are the same.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.transformer = nn.ModuleDict(dict(
+            wte=nn.Embedding(config.padded_vocab_size, config.n_embd),
+            wpe=nn.Embedding(config.block_size, config.n_embd),
+            h=nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)]),
+            ln_f=nn.LayerNorm(config.n_embd),
+        ))
+        self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
+        # one matrix reads tokens in and out: tie first, then initialise it once
+        self.transformer.wte.weight = self.lm_head.weight
+        self._init_weights()
+
+    def _init_weights(self):
+        for name, p in self.named_parameters():
+            if p.dim() < 2:  # biases start at 0; LayerNorm weights keep their 1
+                if name.endswith("bias"):
+                    nn.init.zeros_(p)
+                continue
+            # 2 * n_layer branches add to the residual stream: this scale keeps its variance near 1
+            residual = name.endswith("c_proj.weight")
+            nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02)
+
+    def forward(self, idx, targets=None, kv_cache=None, last_only=False):
+        """
+        idx: (B, T) int64 token ids; with a `kv_cache` they follow the tokens it holds already.
+        Without targets: (logits, None), logits (B, T, V) at every position, (B, 1, V) with
+        `last_only`; V is padded_vocab_size. With targets (B, T): (None, loss), the mean
+        cross entropy in nats a token.
+        """
+        T = idx.size(1)
+        start = 0 if kv_cache is None else kv_cache.length
+        assert start + T <= self.config.block_size, (
+            f"{start + T} tokens do not fit block_size {self.config.block_size}")
+        pos = torch.arange(start, start + T, device=idx.device)  # (T)
+        x = self.transformer.wte(idx) + self.transformer.wpe(pos)  # (B, T, C)
+        for block in self.transformer.h:
+            x = block(x, kv_cache)
+        if kv_cache is not None:
+            kv_cache.length += T
+        if last_only:
+            x = x[:, -1:]  # the vocabulary product is a third of the work: only where needed
+        logits = self.lm_head(self.transformer.ln_f(x))  # (B, T, V)
+        if targets is None:
+            return logits, None
+        return None, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    def configure_optimizers(self, weight_decay, learning_rate, betas=(0.9, 0.95), verbose=False):
+        """AdamW that decays matrices and embeddings, but not biases and LayerNorm weights."""
+        decayed = [p for p in self.parameters() if p.dim() >= 2]
+        kept = [p for p in self.parameters() if p.dim() < 2]
+        device_type = decayed[0].device.type
+        # one kernel for all parameters instead of a few dozen for each
+        fused = device_type in ("cuda", "mps", "cpu")
+        if verbose:
+            print(f"num decayed parameter tensors: {len(decayed)}, "
+                  f"with {sum(p.numel() for p in decayed):,} parameters")
+            print(f"num non-decayed parameter tensors: {len(kept)}, "
+                  f"with {sum(p.numel() for p in kept):,} parameters")
+            print(f"using fused AdamW: {fused}")
+        groups = [{"params": decayed, "weight_decay": weight_decay},
+                  {"params": kept, "weight_decay": 0.0}]
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=1e-8, fused=fused)
+
+    @classmethod
+    def from_pretrained(cls, name_or_dir):
+        """
+        A GPT-2 with trained weights, from a Hugging Face hub name (gpt2, gpt2-medium, ...) or a
+        folder with config.json and safetensors or bin weights. Raises UserError for anything
+        else, other architectures included.
+        """
+        hf = pretrained.read_config(name_or_dir)
+        model = cls.empty(GPTConfig(
+            block_size=hf["n_positions"], vocab_size=hf["vocab_size"], n_layer=hf["n_layer"],
+            n_head=hf["n_head"], n_embd=hf["n_embd"], padded_vocab_size=hf["vocab_size"]))
+        pretrained.copy_weights(model, name_or_dir)
+        return model
+
+    @classmethod
+    def empty(cls, config):
+        """A GPT whose weights are yet to be filled in: no time lost on random numbers."""
+        with torch.device("meta"):
+            model = cls(config)
+        model = model.to_empty(device="cpu")
+        model.transformer.wte.weight = model.lm_head.weight  # to_empty parts what was tied
+        return model
+
+
+# -----------------------------------------------------------------------------
+# data
+
+
+class DataLoaderLite:
+    """
+    Batches of a split as a pure function of the step: nothing to save, nothing to skip on resume.
+
+    The split is a set of sequences of T tokens (and the target of the last one). Every epoch visits
+    all of them in a new order: the shards shuffled, and the sequences inside each shard. Sequence
+    row_id = ((step * grad_accum_steps + micro_step) * world_size + rank) * B + row is looked up,
+    so the set that a step sees is the same for every B and world size.
+    """
+
+    def __init__(self, data_dir, split, B, T, rank=0, world_size=1, seed=1337, shuffle=True,
+                 grad_accum_steps=1, vocab_size=None):
+        self.B, self.T, self.rank, self.world_size = B, T, rank, world_size
+        self.seed, self.shuffle, self.grad_accum_steps = seed, shuffle, grad_accum_steps
+        self.vocab_size = vocab_size
+        self.paths = fineweb.find_shards(data_dir, split)
+        if not self.paths:
+            other = "holds no" if Path(data_dir).is_dir() else "does not exist, so there is no"
+            raise UserError(f"{data_dir} {other} {split} shard: run python fineweb.py "
+                            f"--out {data_dir} (or name another --data_dir)")
+        # the last two shards' memory maps (more would pile up in resident memory), and orders
+        self._open, self._orders = OrderedDict(), OrderedDict()
+        self.num_tokens = 0
+        sequences = []
+        for path in self.paths:
+            tokens = fineweb.open_shard(path)
+            self._check_ids(tokens[:1_000_000], path)  # mismatches show at the start, not in a day
+            self.num_tokens += len(tokens)
+            sequences.append(max(len(tokens) - 1, 0) // T)
+        self.sequences = np.array(sequences, dtype=np.int64)  # in each shard
+        self.num_sequences = int(self.sequences.sum())
+        if self.num_sequences == 0:
+            raise UserError(f"the {split} split of {data_dir} has no {T + 1} tokens in a row: "
+                            "choose a smaller --T or more text")
+
+    def _check_ids(self, tokens, path):
+        if self.vocab_size is not None and len(tokens) and tokens.max() >= self.vocab_size:
+            raise UserError(f"{path} has token id {tokens.max()}, but the model's vocabulary has "
+                            f"{self.vocab_size}: these shards are of another tokenizer")
+
+    def _order(self, epoch, shard):
+        """Order of the sequences in a shard; with shard -1, the order of the shards."""
+        n = len(self.paths) if shard < 0 else self.sequences[shard]
+        if not self.shuffle:
+            return np.arange(n)
+        key = (epoch, shard)
+        if key not in self._orders:
+            self._orders[key] = np.random.default_rng([self.seed, epoch, shard + 1]).permutation(n)
+            if len(self._orders) > 4:  # two shards in use, and the order of the shards
+                self._orders.popitem(last=False)
+        return self._orders[key]
+
+    def _sequence(self, row_id):
+        """The T + 1 tokens of one sequence, as stored."""
+        epoch, index = divmod(row_id, self.num_sequences)
+        shards = self._order(epoch, -1)
+        ends = np.cumsum(self.sequences[shards])
+        place = int(np.searchsorted(ends, index, side="right"))
+        shard = int(shards[place])
+        start = int(self._order(epoch, shard)[index - ends[place] + self.sequences[shard]]) * self.T
+        path = self.paths[shard]
+        if path not in self._open:
+            self._open[path] = fineweb.open_shard(path)
+            if len(self._open) > 2:
+                self._open.popitem(last=False)
+        tokens = self._open[path][start:start + self.T + 1]
+        self._check_ids(tokens, path)
+        return tokens
+
+    def rows(self, row_ids):
+        """(x, y) for given sequence numbers, (len(row_ids), T) int64 each."""
+        rows = np.stack([self._sequence(row_id) for row_id in row_ids]).astype(np.int64)
+        rows = torch.from_numpy(rows)  # (B, T + 1)
+        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+
+    def batch(self, step, micro_step=0):
+        """(x, y), (B, T) int64 each: this rank's share of a micro-step."""
+        first = (step * self.grad_accum_steps + micro_step) * self.world_size + self.rank
+        return self.rows(range(first * self.B, (first + 1) * self.B))
+
+
+# -----------------------------------------------------------------------------
+# configuration
+
+
+def knob(default, help, **extra):
+    """A field of TrainConfig with the help text of its flag."""
+    return field(default=default, metadata={"help": help, **extra})
+
+
+@dataclass
+class TrainConfig:
+    """Every knob of a run. The defaults are GPT-2 124M on 10B tokens of FineWeb-EDU."""
+
+    data_dir: str = knob("edu_fineweb10B", "folder of token shards, made by fineweb.py")
+    log_dir: str = knob("log", "folder for checkpoints and log.txt")
+    resume: bool = knob(False, "continue from the newest checkpoint in log_dir, if there is one")
+    # model
+    model: str = knob("gpt2", "model shape", choices=tuple(MODEL_SHAPES))
+    n_layer: int | None = knob(None, "layers, instead of the model's")
+    n_head: int | None = knob(None, "attention heads, instead of the model's")
+    n_embd: int | None = knob(None, "width, instead of the model's")
+    block_size: int = knob(1024, "longest sequence the model can see, in tokens")
+    init_from: str | None = knob(None, "start from these weights: hub name, folder or checkpoint")
+    # batch
+    B: int = knob(64, "sequences in a micro-batch, on each process")
+    T: int = knob(1024, "tokens in a sequence")
+    total_batch_size: int = knob(524_288, "tokens in an update, over all processes: 2**19")
+    shuffle: bool = knob(True, "shuffle shards and sequences, anew every epoch")
+    seed: int = knob(1337, "seed of the initial weights and of the data order")
+    # optimization: the GPT-3 paper's schedule for this size
+    max_steps: int = knob(19_073, "updates; 19,073 of 2**19 tokens are 10B tokens")
+    max_lr: float = knob(6e-4, "learning rate after warmup")
+    min_lr: float = knob(6e-5, "learning rate at the end")
+    warmup_steps: int = knob(715, "updates of linear warmup; 715 are 375M tokens")
+    weight_decay: float = knob(0.1, "AdamW's, on matrices and embeddings")
+    beta2: float = knob(0.95, "AdamW's second moment decay")
+    grad_clip: float = knob(1.0, "largest gradient norm; 0 does not clip")
+    # evaluation
+    eval_every: int = knob(250, "updates between validation losses; 0: only at the end")
+    val_tokens: int = knob(0, "validation tokens; 0: 20 x total_batch_size, 10,485,760 by default")
+    hellaswag_every: int = knob(250, "updates between HellaSwag evaluations; 0: never")
+    hellaswag_limit: int = knob(0, "HellaSwag examples; 0: all on CUDA, 200 elsewhere")
+    sample_every: int = knob(250, "updates between samples; 0: only at the end")
+    sample_prompt: str = knob("Hello, I'm a language model,", "what samples start with")
+    save_every: int = knob(5000, "updates between checkpoints; 0: only at the end")
+    print_every: int = knob(1, "updates between printed lines; log.txt has them all")
+    # machine
+    device: str = knob("auto", "auto, cpu, cuda, cuda:N or mps")
+    dtype: str = knob("auto", "of autocast", choices=("auto", "float32", "bfloat16", "float16"))
+    compile: bool | None = knob(None, "compile the training step (default: on CUDA)")
+
+
+DEMO_DATA = "demo_data"
+PRESETS = {
+    # about two minutes on two CPU cores
+    "demo": dict(
+        data_dir=DEMO_DATA, n_layer=4, n_head=4, n_embd=128, block_size=64, B=8, T=64,
+        total_batch_size=512, max_steps=2_700, max_lr=3e-3, min_lr=3e-5, warmup_steps=80,
+        beta2=0.99, eval_every=900, val_tokens=10_000_000, hellaswag_every=0, sample_every=0,
+        sample_prompt="", save_every=900, print_every=50, device="cpu", dtype="float32"),
+}
+
+
+def parse_config(argv=None):
+    """(preset or None, TrainConfig) from the command line; explicit flags win over the preset."""
+    parser = fineweb.OneLineParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=tuple(PRESETS), help="values for the other flags")
+    for f in fields(TrainConfig):
+        # int | None and the like: the type that is not None
+        kind = next((t for t in get_args(f.type) if t is not type(None)), f.type)
+        flag, help = f"--{f.name}", f.metadata["help"]
+        if kind is bool:
+            parser.add_argument(flag, action="store_true", default=f.default, help=help)
+            parser.add_argument(f"--no_{f.name}", dest=f.name, action="store_false",
+                                default=f.default, help=argparse.SUPPRESS)
+        else:
+            parser.add_argument(flag, type=kind, default=f.default, help=f"{help} (%(default)s)",
+                                choices=f.metadata.get("choices"))
+    preset = parser.parse_known_args(argv)[0].preset
+    parser.set_defaults(**PRESETS.get(preset, {}))
+    args = vars(parser.parse_args(argv))
+    return args.pop("preset"), TrainConfig(**args)
+
+
+def check_config(config, world_size):
+    """Raise UserError for values that cannot work; returns grad_accum_steps."""
+    for f in fields(config):
+        value = getattr(config, f.name)
+        lowest = 1 if f.name in ("B", "T", "total_batch_size") else 0
+        if isinstance(value, int | float) and not value >= lowest:  # a NaN fails too
+            raise UserError(f"--{f.name} {value} must be at least {lowest}")
+    if config.T > config.block_size:
+        raise UserError(f"--T {config.T} is longer than block_size {config.block_size}: "
+                        f"lower --T or raise --block_size")
+    tokens_per_micro_step = config.B * config.T * world_size
+    if config.total_batch_size % tokens_per_micro_step == 0:
+        return config.total_batch_size // tokens_per_micro_step
+    sequences, rest = divmod(config.total_batch_size, config.T * world_size)
+    if rest or not sequences:
+        unit = config.T * world_size
+        near = sorted({max(sequences, 1) * unit, (sequences + 1) * unit})
+        raise UserError(f"--total_batch_size {config.total_batch_size} is no multiple of T x "
+                        f"processes = {config.T} x {world_size}: the nearest that are: "
+                        f"{', '.join(map(str, near))}")
+    legal = [B for B in range(1, sequences + 1) if sequences % B == 0]
+    below = [B for B in legal if B < config.B][-1:]
+    above = [B for B in legal if B > config.B][:1]
+    raise UserError(f"B x T x processes = {config.B} x {config.T} x {world_size} does not divide "
+                    f"total_batch_size {config.total_batch_size}: the nearest --B that do: "
+                    f"{', '.join(map(str, below + above))}")
+
+
+def get_lr(step, config):
+    """Learning rate of update `step`: linear warmup, cosine down to min_lr, then constant."""
+    if step < config.warmup_steps:
+        return config.max_lr * (step + 1) / config.warmup_steps  # + 1: the first update moves too
+    if step >= config.max_steps:
+        return config.min_lr
+    progress = (step - config.warmup_steps) / (config.max_steps - config.warmup_steps)
+    coeff = 0.5 * (1 + math.cos(math.pi * progress))  # from 1 to 0
+    return config.min_lr + coeff * (config.max_lr - config.min_lr)
+
+
+# -----------------------------------------------------------------------------
+# checkpoints and log.txt
+
+CHECKPOINT_NAME = re.compile(r"model_(\d+)\.pt")
+
+
+def find_checkpoint(log_dir):
+    """Path of the newest model_{step}.pt in a log folder, or None."""
+    folder = Path(log_dir)
+    found = folder.iterdir() if folder.is_dir() else ()
+    steps = {int(m.group(1)): p for p in found if (m := CHECKPOINT_NAME.fullmatch(p.name))}
+    return steps[max(steps)] if steps else None
+
+
+def save_checkpoint(log_dir, step, raw_model, optimizer, scaler, config, tokenizer):
+    """Write model_{step}.pt, tensors and plain values only; a crash leaves no half file. -> path"""
+    checkpoint = {
+        "step": step,  # updates done
+        "model": raw_model.state_dict(),  # raw: no "module." or "_orig_mod." before the names
+        "model_config": asdict(raw_model.config),
+        "optimizer": optimizer.state_dict(),
+        "scaler": scaler.state_dict(),
+        "config": asdict(config),
+        "tokenizer": tokenizer.state(),
+    }
+    path = Path(log_dir) / f"model_{step:05d}.pt"
+    fineweb.write_atomically(path, lambda file: torch.save(checkpoint, file))
+    return path
+
+
+def load_checkpoint(path):
+    """What save_checkpoint wrote, memory-mapped on the CPU. Raises UserError if it is not that."""
+    try:
+        # weights_only: a checkpoint from a stranger is data, never code to run
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        missing = {"step", "model", "model_config", "tokenizer"} - set(checkpoint)
+    except OSError:
+        raise  # not there, or not readable: says so itself
+    except Exception as error:  # torch raises half a dozen kinds for a file that is not its own
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path} is no checkpoint of train_gpt2.py, or a damaged one: name another "
+                        f"({reason:.100})") from error
+    if missing:
+        raise UserError(f"{path} is no checkpoint of train_gpt2.py (it lacks "
+                        f"{', '.join(sorted(missing))}): name another")
+    return checkpoint
+
+
+def resolve_checkpoint(source):
+    """Path of the checkpoint that `source`, a file or log folder, names; None if it is neither."""
+    path = Path(source)
+    if path.is_file():
+        return path
+    if not path.is_dir() or (path / "config.json").is_file():
+        return None
+    checkpoint = find_checkpoint(path)
+    if checkpoint is None:
+        raise UserError(f"{path} holds neither a checkpoint model_*.pt nor a Hugging Face model")
+    return checkpoint
+
+
+def load_model(source, device="cpu"):
+    """
+    A GPT on `device`: from a checkpoint file, a log folder (its newest checkpoint), a Hugging Face
+    folder or a hub name. Raises UserError if `source` is none of them.
+    """
+    path = resolve_checkpoint(source)
+    if path is None:
+        return GPT.from_pretrained(source).to(device)
+    checkpoint = load_checkpoint(path)
+    model = GPT.empty(GPTConfig(**checkpoint["model_config"]))
+    model.load_state_dict(checkpoint["model"])
+    return model.to(device)
+
+
+def load_tokenizer(source):
+    """The tokenizer that goes with load_model(source); where none is stored, gpt2's."""
+    path = resolve_checkpoint(source)
+    if path is not None:
+        return fineweb.Tokenizer(**load_checkpoint(path)["tokenizer"])
+    path = pretrained.fetch(source, "tokenizer.json")
+    if path is None:
+        return fineweb.Tokenizer("gpt2")
+    return fineweb.Tokenizer(str(path), path.read_text(encoding="utf-8"))
+
+
+def start_log_dir(log_dir, start_step):
+    """
+    Make log_dir ready and return the path of log.txt. A new run sets an earlier run's files aside
+    in previous_N; a resumed one cuts the lines that it is going to write again.
+    """
+    log_dir = Path(log_dir)
+    log_dir.mkdir(parents=True, exist_ok=True)
+    log_file = log_dir / "log.txt"
+    if start_step > 0:
+        lines = log_file.read_text("utf-8").splitlines(keepends=True) if log_file.exists() else []
+        kept = "".join(line for line in lines if int(line.split()[0]) < start_step)
+        fineweb.write_atomically(log_file, lambda file: file.write(kept.encode("utf-8")))
+        return log_file
+    earlier = [p for p in log_dir.iterdir() if CHECKPOINT_NAME.fullmatch(p.name) or p == log_file]
+    if earlier:
+        aside = next(p for n in itertools.count(1)
+                     if not (p := log_dir / f"previous_{n}").exists())
+        aside.mkdir()
+        for path in earlier:
+            path.rename(aside / path.name)
+        print(f"{log_dir} held an earlier run, now in {aside}")
+    return log_file
+
+
+# -----------------------------------------------------------------------------
+# evaluation, on raw_model: its shapes vary, and a compiled model would compile for each anew
+
+
+@torch.inference_mode()
+def evaluate_loss(raw_model, loader, num_sequences, processes, dtype):
+    """Mean loss (nats a token) over the first sequences of a split, shared out over all ranks."""
+    loss_sum, rows = 0.0, range(processes.ddp_rank, num_sequences, processes.ddp_world_size)
+    for i in range(0, len(rows), loader.B):
+        x, y = (t.to(processes.device) for t in loader.rows(rows[i:i + loader.B]))
+        with autocast(processes.device, dtype):
+            _, loss = raw_model(x, y)
+        loss_sum += loss.item() * len(x)
+    return sum_over_ranks([loss_sum], processes.device)[0] / num_sequences
+
+
+def load_hellaswag(config, processes):
+    """The HellaSwag examples to score during training; none if off or out of reach."""
+    if not config.hellaswag_every:
+        return []
+    if processes.master_process:
+        try:
+            hellaswag.download()
+        except OSError as error:
+            print(f"warning: training goes on without HellaSwag: {error}")
+    # everybody goes by what the master found, or ranks would part ways
+    found = processes.master_process and hellaswag.DATA_FILE.is_file()
+    if not sum_over_ranks([int(found)], processes.device)[0]:
+        return []
+    examples = list(hellaswag.iterate_examples(hellaswag.DATA_FILE))
+    limit = config.hellaswag_limit or (len(examples) if processes.device.type == "cuda" else 200)
+    stride = max(len(examples) / limit, 1)  # evenly spaced, since the file is sorted by kind
+    return [examples[int(i * stride)] for i in range(min(limit, len(examples)))]
+
+
+def print_samples(raw_model, tokenizer, config):
+    """Four samples, drawn with generators of their own: training does not notice."""
+    rows = sample.generate(raw_model, tokenizer.encode(config.sample_prompt), tokenizer.eot,
+                           tokenizer.vocab_size, num_samples=4, max_new_tokens=64, top_k=50)
+    for i, tokens in enumerate(rows):
+        print(f"[Sample {i + 1}] {config.sample_prompt}{tokenizer.decode(tokens)}")
+
+
+# -----------------------------------------------------------------------------
+# training
+
+
+def build_model(config, vocab_size):
+    """The GPT to train: from scratch or from `--init_from`, for tokens below `vocab_size`."""
+    if config.init_from:
+        model = load_model(config.init_from)
+        if model.config.vocab_size < vocab_size:
+            raise UserError(f"{config.init_from} knows {model.config.vocab_size} tokens, but the "
+                            f"shards in {config.data_dir} use {vocab_size}: make them with its "
+                            "tokenizer")
+        if model.config.block_size < config.T:
+            raise UserError(f"--T {config.T} is longer than the block_size of {config.init_from}, "
+                            f"{model.config.block_size}: lower --T")
+        return model
+    shape = {name: size if getattr(config, name) is None else getattr(config, name)
+             for name, size in MODEL_SHAPES[config.model].items()}
+    return GPT(GPTConfig(block_size=config.block_size, vocab_size=vocab_size, **shape))
+
+
+def resume(config, raw_model, optimizer, scaler):
+    """Load the newest checkpoint of log_dir into model and optimizer; returns its step, or 0."""
+    path = find_checkpoint(config.log_dir)
+    if path is None:
+        return 0
+    checkpoint = load_checkpoint(path)
+    saved, ours = checkpoint["model_config"], asdict(raw_model.config)
+    differing = [f"{key} {saved.get(key)}, not {ours[key]}" for key in ours
+                 if saved.get(key) != ours[key]]
+    if differing:
+        raise UserError(f"{path} is of another model ({'; '.join(differing)}): give the flags it "
+                        "was trained with, or another --log_dir")
+    raw_model.load_state_dict(checkpoint["model"])
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    scaler.load_state_dict(checkpoint["scaler"])
+    return checkpoint["step"]
+
+
+def due(every, step, config):
+    """Whether what happens every `every` steps happens now; at the last step it always does."""
+    return step == config.max_steps or (every > 0 and step % every == 0)
+
+
+def format_seconds(seconds):
+    """1h02m, 2m13s or 13s."""
+    minutes, seconds = divmod(int(seconds), 60)
+    if minutes < 60:
+        return f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
+    return f"{minutes // 60}h{minutes % 60:02d}m"
+
+
+def train(config):
+    """
+    Train a GPT as `config` says. Returns {"step", "train_loss", "val_loss", "bits_per_byte",
+    "seconds", "checkpoint"}: losses in nats a token, bits_per_byte None where the shards do not
+    tell their bytes. Raises UserError for what the user can mend, before anything is written.
+    """
+    processes = init_distributed(config.device)
+    device, ddp_rank, ddp_world_size = processes
+    ddp, master_process = ddp_world_size > 1, processes.master_process
+    print0 = print if master_process else lambda *args, **kwargs: None  # only the master talks
+    grad_accum_steps = check_config(config, ddp_world_size)
+    dtype = pick_dtype(config.dtype, device)
+    torch.manual_seed(config.seed)  # the same initial weights on every rank
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32
+    print0(f"using device: {device}")
+    print0(f"total desired batch size: {config.total_batch_size}")
+    print0(f"=> calculated gradient accumulation steps: {grad_accum_steps}")
+
+    # data
+    meta = fineweb.read_meta(config.data_dir)
+    train_loader, val_loader = (
+        DataLoaderLite(config.data_dir, split, config.B, config.T, ddp_rank, ddp_world_size,
+                       config.seed, config.shuffle and split == "train", grad_accum_steps,
+                       meta["vocab_size"]) for split in ("train", "val"))
+    tokenizer = fineweb.load_data_tokenizer(config.data_dir)
+    num_val_sequences = (config.val_tokens or 20 * config.total_batch_size) // config.T
+    num_val_sequences = max(min(num_val_sequences, val_loader.num_sequences), 1)
+    print0(f"found {len(train_loader.paths)} shards for split train")
+    print0(f"found {len(val_loader.paths)} shards for split val")
+    if num_val_sequences == val_loader.num_sequences:
+        print0(f"the val split is small: all {num_val_sequences * config.T:,} tokens are evaluated")
+    val_totals = meta.get("splits", {}).get("val", {})
+    # nats a token -> bits a byte of text, comparable between tokenizers
+    bits_per_byte = (val_totals["tokens"] / val_totals["bytes"] / math.log(2)
+                     if val_totals.get("bytes") else None)
+
+    # model and optimizer. raw_model owns the parameters, is saved, evaluated and sampled; `model`
+    # is the same one wrapped for the training step, whose shapes never change
+    raw_model = build_model(config, meta["vocab_size"]).to(device)
+    optimizer = raw_model.configure_optimizers(
+        config.weight_decay, config.max_lr, (0.9, config.beta2), verbose=master_process)
+    # float16 gradients underflow unless the loss is scaled up; disabled, the scaler does nothing
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    start_step = 0
+    if config.resume:
+        start_step = resume(config, raw_model, optimizer, scaler)
+        print0(f"resuming {config.log_dir} at step {start_step}" if start_step else
+               f"no checkpoint in {config.log_dir} to resume: starting from scratch")
+    use_compile = device.type == "cuda" if config.compile is None else config.compile
+    model = torch.compile(raw_model) if use_compile else raw_model
+    if ddp:
+        model = DDP(model, device_ids=[device.index] if device.type == "cuda" else None)
+    hellaswag_examples = load_hellaswag(config, processes)
+    log_file = start_log_dir(config.log_dir, start_step) if master_process else None
+
+    def log(step, **values):  # lines of "step stream value", appended
+        if master_process:
+            with open(log_file, "a", encoding="utf-8") as file:
+                file.writelines(f"{step} {name} {value:.6g}\n" for name, value in values.items())
+
+    result = dict.fromkeys(("step", "train_loss", "val_loss", "bits_per_byte", "checkpoint"))
+    start_time = time.time()
+    # one round more than updates: the last update is saved and evaluated too
+    for step in range(start_step, config.max_steps + 1):
+        last_step = step == config.max_steps
+
+        # once in a while: save the model (first, since what follows may fail)
+        if master_process and due(config.save_every, step, config) and step not in (0, start_step):
+            result["checkpoint"] = str(save_checkpoint(
+                config.log_dir, step, raw_model, optimizer, scaler, config, tokenizer))
+
+        # once in a while: validation loss and HellaSwag (all ranks share the work)
+        if due(config.eval_every, step, config):
+            val_loss = evaluate_loss(raw_model, val_loader, num_val_sequences, processes, dtype)
+            result["val_loss"] = val_loss
+            log(step, val=val_loss)
+            if bits_per_byte:
+                result["bits_per_byte"] = val_loss * bits_per_byte
+                log(step, bits_per_byte=val_loss * bits_per_byte)
+            print0(f"validation loss: {val_loss:.4f}" + (
+                f" | {val_loss * bits_per_byte:.4f} bits per byte" if bits_per_byte else ""))
+        if hellaswag_examples and due(config.hellaswag_every, step, config):
+            with autocast(device, dtype):
+                counts = hellaswag.evaluate(
+                    raw_model, tokenizer, hellaswag_examples, device, ddp_rank, ddp_world_size)
+            total, _, num_correct_norm = map(int, sum_over_ranks(counts, device))
+            print0(f"HellaSwag accuracy: {num_correct_norm}/{total}={num_correct_norm / total:.4f}")
+            log(step, hella=num_correct_norm / total)
+
+        # once in a while: samples
+        if master_process and due(config.sample_every, step, config):
+            print_samples(raw_model, tokenizer, config)
+
+        if last_step:
+            break
+
+        # one update
+        synchronize(device)
+        t0 = time.time()
+        loss_accum = torch.zeros((), device=device)
+        for micro_step in range(grad_accum_steps):
+            x, y = (t.to(device) for t in train_loader.batch(step, micro_step))
+            if ddp:
+                # gradients travel once an update. DDP reads this flag in forward already, so set
+                # it before: set after, every update would lack the first micro-steps' gradients
+                model.require_backward_grad_sync = micro_step == grad_accum_steps - 1
+            with autocast(device, dtype):
+                _, loss = model(x, y)
+            loss = loss / grad_accum_steps  # so that gradients add up to those of one large batch
+            loss_accum += loss.detach()
+            scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)  # the norm to clip is that of the true gradients
+        norm = nn.utils.clip_grad_norm_(raw_model.parameters(), config.grad_clip or math.inf)
+        lr = get_lr(step, config)
+        for param_group in optimizer.param_groups:
+            param_group["lr"] = lr
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        train_loss = sum_over_ranks([loss_accum.item()], device)[0] / ddp_world_size
+        synchronize(device)
+        dt = time.time() - t0  # seconds
+
+        result["train_loss"] = train_loss
+        log(step, train=train_loss, lr=lr, norm=norm.item())
+        if step % max(config.print_every, 1) == 0 or step == config.max_steps - 1:
+            done, left = step + 1 - start_step, config.max_steps - step - 1
+            eta = (time.time() - start_time) / done * left
+            print0(f"step {step:5d} | loss: {train_loss:.6f} | lr {lr:.4e} | norm: {norm:.4f} | "
+                   f"dt: {1000 * dt:.2f}ms | tok/sec: {config.total_batch_size / dt:.2f} | "
+                   f"eta {format_seconds(eta)}", flush=True)
+
+    result.update(step=step, seconds=time.time() - start_time)
+    return result
+
+
+DEMO_NEXT = """\
+next: python sample.py --style creative      # more of what it writes
+next: python fineweb.py --source FILE.txt --tokenizer bpe:2048 --out my_data && \
+python train_gpt2.py --preset demo --data_dir my_data      # learn your own text
+next: python fineweb.py && torchrun --nproc_per_node=8 train_gpt2.py      # the real GPT-2 124M"""
+
+
+def main():
+    preset, config = parse_config()
+    master_process = os.environ.get("RANK", "0") == "0"
+    if preset == "demo" and config.data_dir == DEMO_DATA and master_process:
+        # under torchrun the other ranks wait for this one where they join the process group
+        fineweb.prepare(["builtin"], DEMO_DATA, "bpe:2048")
+    result = train(config)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if master_process:
+        print(f"trained to step {result['step']} in {format_seconds(result['seconds'])}, "
+              f"checkpoint: {find_checkpoint(config.log_dir)}")
+        if preset == "demo":
+            print(DEMO_NEXT)
+
+
+if __name__ == "__main__":
+    fineweb.run_main(main)
