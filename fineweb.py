@@ -113,7 +113,7 @@ class Tokenizer:
         return self._gpt2.decode_bytes(ids) if self._gpt2 else b"".join(map(self._bytes.get, ids))
 
     def decode(self, ids):
-        """Text behind the ids: invalid UTF-8 becomes U+FFFD, half a character at the end nothing."""
+        """Text behind the ids: bad UTF-8 becomes U+FFFD, half a character at the end nothing."""
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         return decoder.decode(self.decode_bytes(ids))
 
@@ -129,9 +129,9 @@ def _load_tiktoken_gpt2():
         return tiktoken.get_encoding("gpt2")
     except (requests.RequestException, OSError) as error:
         raise UserError(
-            "cannot download the gpt2 tokenizer: where there is a network, set TIKTOKEN_CACHE_DIR to "
-            "a folder and run python -c \"import tiktoken; tiktoken.get_encoding('gpt2')\"; bring "
-            f"the folder here and set TIKTOKEN_CACHE_DIR to it ({type(error).__name__})"
+            "cannot download the gpt2 tokenizer: where there is a network, set TIKTOKEN_CACHE_DIR "
+            "to a folder and run python -c \"import tiktoken; tiktoken.get_encoding('gpt2')\"; "
+            f"bring the folder here and set TIKTOKEN_CACHE_DIR to it ({type(error).__name__})"
         ) from error
 
 
@@ -326,9 +326,10 @@ def read_txt(path):
         try:
             while chunk := file.read(PIECE_CHARS):
                 head, newline, rest = (rest + chunk).rpartition("\n")
-                if newline:
-                    yield head + newline, starts
-                    starts = False
+                if not newline:  # a line that long is cut anywhere
+                    head, rest = rest, ""
+                yield head + newline, starts
+                starts = False
         except UnicodeDecodeError as error:
             raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start} of a "
                             f"block): convert it, for example with iconv -t UTF-8") from error
@@ -563,8 +564,9 @@ def prepare(sources, out, tokenizer_spec, config=None, text_column="text", shard
         raise UserError(f"--val_fraction {val_fraction} must lie between 0 and 1")
     if shard_size < 1:
         raise UserError(f"--shard_size {shard_size} must be positive")
-    recipe = {"source": [str(source) for source in sources], "config": config, "text_column": text_column,
-              "tokenizer": tokenizer_spec, "shard_size": shard_size, "val_fraction": val_fraction}
+    recipe = {"source": [str(source) for source in sources], "config": config,
+              "text_column": text_column, "tokenizer": tokenizer_spec,
+              "shard_size": shard_size, "val_fraction": val_fraction}
     out_dir = Path(out)
     if is_complete(out_dir, recipe):
         print(f"{out_dir} is complete")

@@ -234,10 +234,13 @@ class DataLoaderLite:
     """
 
     def __init__(self, data_dir, split, B, T, rank=0, world_size=1, seed=1337, shuffle=True,
-                 grad_accum_steps=1, vocab_size=None):
+                 grad_accum_steps=1):
         self.B, self.T, self.rank, self.world_size = B, T, rank, world_size
         self.seed, self.shuffle, self.grad_accum_steps = seed, shuffle, grad_accum_steps
-        self.vocab_size = vocab_size
+        meta = fineweb.read_meta(data_dir)
+        self.vocab_size = meta["vocab_size"]
+        totals = meta.get("splits", {}).get(split, {})  # unknown in build-nanogpt's folders
+        self.bytes_per_token = totals["bytes"] / totals["tokens"] if totals.get("bytes") else None
         self.paths = fineweb.find_shards(data_dir, split)
         if not self.paths:
             other = "holds no" if Path(data_dir).is_dir() else "does not exist, so there is no"
@@ -245,12 +248,10 @@ class DataLoaderLite:
                             f"--out {data_dir} (or name another --data_dir)")
         # the last two shards' memory maps (more would pile up in resident memory), and orders
         self._open, self._orders = OrderedDict(), OrderedDict()
-        self.num_tokens = 0
         sequences = []
         for path in self.paths:
             tokens = fineweb.open_shard(path)
             self._check_ids(tokens[:1_000_000], path)  # mismatches show at the start, not in a day
-            self.num_tokens += len(tokens)
             sequences.append(max(len(tokens) - 1, 0) // T)
         self.sequences = np.array(sequences, dtype=np.int64)  # in each shard
         self.num_sequences = int(self.sequences.sum())
@@ -259,9 +260,9 @@ class DataLoaderLite:
                             "choose a smaller --T or more text")
 
     def _check_ids(self, tokens, path):
-        if self.vocab_size is not None and len(tokens) and tokens.max() >= self.vocab_size:
-            raise UserError(f"{path} has token id {tokens.max()}, but the model's vocabulary has "
-                            f"{self.vocab_size}: these shards are of another tokenizer")
+        if len(tokens) and tokens.max() >= self.vocab_size:
+            raise UserError(f"{path} has token id {tokens.max()}, but the vocabulary has only "
+                            f"{self.vocab_size} tokens: it is of another tokenizer than meta.json")
 
     def _order(self, epoch, shard):
         """Order of the sequences in a shard; with shard -1, the order of the shards."""
@@ -543,9 +544,11 @@ def start_log_dir(log_dir, start_step):
 
 
 @torch.inference_mode()
-def evaluate_loss(raw_model, loader, num_sequences, processes, dtype):
-    """Mean loss (nats a token) over the first sequences of a split, shared out over all ranks."""
-    loss_sum, rows = 0.0, range(processes.ddp_rank, num_sequences, processes.ddp_world_size)
+def evaluate_loss(raw_model, loader, val_tokens, processes, dtype):
+    """Mean loss (nats a token) over the first tokens of a split, shared out over all ranks."""
+    num_sequences = max(min(val_tokens // loader.T, loader.num_sequences), 1)
+    rows = range(processes.ddp_rank, num_sequences, processes.ddp_world_size)
+    loss_sum = 0.0
     for i in range(0, len(rows), loader.B):
         x, y = (t.to(processes.device) for t in loader.rows(rows[i:i + loader.B]))
         with autocast(processes.device, dtype):
@@ -571,6 +574,15 @@ def load_hellaswag(config, processes):
     limit = config.hellaswag_limit or (len(examples) if processes.device.type == "cuda" else 200)
     stride = max(len(examples) / limit, 1)  # evenly spaced, since the file is sorted by kind
     return [examples[int(i * stride)] for i in range(min(limit, len(examples)))]
+
+
+def evaluate_hellaswag(raw_model, tokenizer, examples, processes, dtype):
+    """(total, num_correct_norm) over all ranks."""
+    with autocast(processes.device, dtype):
+        counts = hellaswag.evaluate(raw_model, tokenizer, examples, processes.device,
+                                    processes.ddp_rank, processes.ddp_world_size)
+    total, _, num_correct_norm = sum_over_ranks(counts, processes.device)
+    return int(total), int(num_correct_norm)
 
 
 def print_samples(raw_model, tokenizer, config):
@@ -653,26 +665,19 @@ def train(config):
     print0(f"=> calculated gradient accumulation steps: {grad_accum_steps}")
 
     # data
-    meta = fineweb.read_meta(config.data_dir)
-    train_loader, val_loader = (
-        DataLoaderLite(config.data_dir, split, config.B, config.T, ddp_rank, ddp_world_size,
-                       config.seed, config.shuffle and split == "train", grad_accum_steps,
-                       meta["vocab_size"]) for split in ("train", "val"))
+    train_loader = DataLoaderLite(config.data_dir, "train", config.B, config.T, ddp_rank,
+                                  ddp_world_size, config.seed, config.shuffle, grad_accum_steps)
+    val_loader = DataLoaderLite(config.data_dir, "val", config.B, config.T, shuffle=False)
     tokenizer = fineweb.load_data_tokenizer(config.data_dir)
-    num_val_sequences = (config.val_tokens or 20 * config.total_batch_size) // config.T
-    num_val_sequences = max(min(num_val_sequences, val_loader.num_sequences), 1)
     print0(f"found {len(train_loader.paths)} shards for split train")
     print0(f"found {len(val_loader.paths)} shards for split val")
-    if num_val_sequences == val_loader.num_sequences:
-        print0(f"the val split is small: all {num_val_sequences * config.T:,} tokens are evaluated")
-    val_totals = meta.get("splits", {}).get("val", {})
-    # nats a token -> bits a byte of text, comparable between tokenizers
-    bits_per_byte = (val_totals["tokens"] / val_totals["bytes"] / math.log(2)
-                     if val_totals.get("bytes") else None)
+    val_tokens = config.val_tokens or 20 * config.total_batch_size
+    if val_tokens >= (all_tokens := val_loader.num_sequences * config.T):
+        print0(f"the val split is small: all of its {all_tokens:,} tokens are evaluated")
 
     # model and optimizer. raw_model owns the parameters, is saved, evaluated and sampled; `model`
     # is the same one wrapped for the training step, whose shapes never change
-    raw_model = build_model(config, meta["vocab_size"]).to(device)
+    raw_model = build_model(config, tokenizer.vocab_size).to(device)
     optimizer = raw_model.configure_optimizers(
         config.weight_decay, config.max_lr, (0.9, config.beta2), verbose=master_process)
     # float16 gradients underflow unless the loss is scaled up; disabled, the scaler does nothing
@@ -707,21 +712,20 @@ def train(config):
 
         # once in a while: validation loss and HellaSwag (all ranks share the work)
         if due(config.eval_every, step, config):
-            val_loss = evaluate_loss(raw_model, val_loader, num_val_sequences, processes, dtype)
+            val_loss = evaluate_loss(raw_model, val_loader, val_tokens, processes, dtype)
             result["val_loss"] = val_loss
             log(step, val=val_loss)
-            if bits_per_byte:
-                result["bits_per_byte"] = val_loss * bits_per_byte
-                log(step, bits_per_byte=val_loss * bits_per_byte)
-            print0(f"validation loss: {val_loss:.4f}" + (
-                f" | {val_loss * bits_per_byte:.4f} bits per byte" if bits_per_byte else ""))
+            line = f"validation loss: {val_loss:.4f}"
+            if val_loader.bytes_per_token:  # the measure to compare tokenizers by
+                result["bits_per_byte"] = val_loss / math.log(2) / val_loader.bytes_per_token
+                log(step, bits_per_byte=result["bits_per_byte"])
+                line += f" | {result['bits_per_byte']:.4f} bits per byte"
+            print0(line)
         if hellaswag_examples and due(config.hellaswag_every, step, config):
-            with autocast(device, dtype):
-                counts = hellaswag.evaluate(
-                    raw_model, tokenizer, hellaswag_examples, device, ddp_rank, ddp_world_size)
-            total, _, num_correct_norm = map(int, sum_over_ranks(counts, device))
-            print0(f"HellaSwag accuracy: {num_correct_norm}/{total}={num_correct_norm / total:.4f}")
-            log(step, hella=num_correct_norm / total)
+            total, correct = evaluate_hellaswag(
+                raw_model, tokenizer, hellaswag_examples, processes, dtype)
+            print0(f"HellaSwag accuracy: {correct}/{total}={correct / total:.4f}")
+            log(step, hella=correct / total)
 
         # once in a while: samples
         if master_process and due(config.sample_every, step, config):

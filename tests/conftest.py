@@ -7,6 +7,7 @@ from pathlib import Path
 from pydoc_data import topics
 
 import pytest
+import torch
 
 import fineweb
 import train_gpt2
@@ -27,6 +28,13 @@ TINY = dict(n_layer=2, n_head=2, n_embd=32, block_size=32, B=4, T=32, total_batc
 def tiny_config(data_dir, log_dir, **changes):
     """A TrainConfig of a two-layer model that trains for six quick steps."""
     return train_gpt2.TrainConfig(data_dir=str(data_dir), log_dir=str(log_dir), **(TINY | changes))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Tiny models gain nothing from a second thread, and lose much where cores are busy."""
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # and in the processes that tests start
 
 
 @pytest.fixture(scope="session")

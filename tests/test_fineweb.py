@@ -249,12 +249,11 @@ def test_tokenizer_of_another_folder_is_noticed(text_file, tmp_path):
 # sources other than local files
 
 
-def test_builtin_text_is_real_and_always_the_same(tmp_path):
+def test_builtin_text_is_real():
     documents = fineweb.builtin_documents()
     assert 1_000_000 < sum(map(len, documents)) < 10_000_000
-    assert any("Coroutines" in text for text in documents)  # the language reference
-    fineweb.builtin_documents.cache_clear()
-    assert fineweb.builtin_documents() == documents
+    for words in ("Boolean operations", "Deserialize"):  # language reference, docstrings
+        assert any(words in text for text in documents)
 
 
 def test_real_documents_with_gpt2(real_data, gpt2_tokenizer, tmp_path):

@@ -78,8 +78,9 @@ def test_batch_does_not_depend_on_what_was_read_before(shards):
 
 
 def test_ids_beyond_the_vocabulary_are_refused_by_name(shards):
+    (shards / "meta.json").write_text(json.dumps({"tokenizer": "gpt2", "vocab_size": 4100}))
     with pytest.raises(UserError, match=r"train_000004\.npy has token id 4160.*4100"):
-        DataLoaderLite(shards, "train", 1, T, vocab_size=4100)
+        DataLoaderLite(shards, "train", 1, T)
 
 
 @pytest.mark.parametrize("damage, message", [

@@ -1,6 +1,7 @@
 """The training loop: schedule, logs, checkpoints, resume, processes."""
 
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -78,8 +79,9 @@ def test_bits_per_byte_count_the_bytes_of_the_text(data_dir, tmp_path):
     totals = train_gpt2.fineweb.read_meta(data_dir)["splits"]["val"]
     nats = result["val_loss"] * totals["tokens"]
     assert result["bits_per_byte"] == pytest.approx(nats / math.log(2) / totals["bytes"])
-    # a model that knows nothing pays log2(V) bits a token
-    assert 0.9 < result["bits_per_byte"] / (math.log2(384) * totals["tokens"] / totals["bytes"]) < 1.1
+    # a model that knows little pays about log2(V) bits a token
+    ignorance = math.log2(384) * totals["tokens"] / totals["bytes"]
+    assert result["bits_per_byte"] == pytest.approx(ignorance, rel=0.1)
 
 
 def test_val_loss_is_the_mean_over_a_fixed_number_of_tokens(data_dir, tmp_path):
@@ -160,7 +162,8 @@ def test_resumed_run_equals_straight_run_bit_for_bit(data_dir, tmp_path, capsys)
         assert f"at step {step}" in capsys.readouterr().out
     logs = [(tmp_path / name / "log.txt").read_text() for name in ("straight", "broken")]
     assert logs[0] == logs[1]
-    straight, resumed = (load(tmp_path / name / "model_00012.pt") for name in ("straight", "broken"))
+    straight, resumed = (
+        load(tmp_path / name / "model_00012.pt") for name in ("straight", "broken"))
     for name, tensor in straight["model"].items():
         assert torch.equal(tensor, resumed["model"][name]), name
     for key, state in straight["optimizer"]["state"].items():
@@ -212,7 +215,7 @@ def test_hellaswag_accuracy_is_logged(data_dir, tmp_path, capsys, monkeypatch):
     hellaswag.DATA_FILE.write_text(line * 8)
     train(tiny_config(data_dir, tmp_path, hellaswag_every=3, hellaswag_limit=4))
     assert list(read_log(tmp_path, "hella")) == [0, 3, 6]
-    assert "/4=" in next(line for line in capsys.readouterr().out.splitlines() if "HellaSwag" in line)
+    assert re.search(r"HellaSwag accuracy: \d/4=", capsys.readouterr().out)
 
 
 # processes
@@ -238,12 +241,10 @@ def test_two_processes_train_as_one(data_dir, tmp_path):
 
 
 def test_importing_a_module_only_defines(tmp_path):
-    code = ("import sys, {module}; print(sorted(set(sys.modules) & {{'torch', 'transformers', "
-            "'datasets', 'tiktoken', 'tokenizers', 'pyarrow', 'matplotlib', 'requests'}}))")
-    for module, expected in (("fineweb", []), ("devices", ["torch"]), ("sample", ["torch"]),
-                             ("pretrained", ["torch"]), ("hellaswag", ["torch"]),
-                             ("train_gpt2", ["torch"])):
-        done = run_script("-c", code.format(module=module), cwd=tmp_path,
-                          env={"PYTHONPATH": str(ROOT)})
+    slow = "{'transformers', 'datasets', 'tiktoken', 'tokenizers', 'pyarrow', 'requests', 'torch'}"
+    for modules, expected in (("fineweb", []), (
+            "devices, pretrained, sample, hellaswag, train_gpt2", ["torch"])):
+        code = f"import sys, {modules}; print(sorted(set(sys.modules) & {slow}))"
+        done = run_script("-c", code, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)})
         assert done.stdout.strip() == str(expected), done.stderr
     assert not list(tmp_path.iterdir())
