@@ -9,8 +9,16 @@ The last line of the output is JSON.
 
 import argparse
 import json
+import multiprocessing
+import os
+import resource
 import statistics
+import sys
+import tempfile
 import time
+from pathlib import Path
+
+import numpy as np
 
 import fineweb
 
@@ -26,7 +34,83 @@ def take_turns(contenders, rounds=3):
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-BENCHES = {}  # name on the command line: function that prints a table and returns plain values
+def peak_memory_mb():
+    """The largest resident memory of this process so far, in MB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+# -----------------------------------------------------------------------------
+# data
+
+
+def real_texts():
+    """English documents: FineWeb-EDU's where GPT2_TEST_DATA has some, else the builtin ones."""
+    sample = Path(os.environ.get("GPT2_TEST_DATA", ".")) / "fineweb_edu_sample.jsonl"
+    if sample.is_file():
+        with open(sample, encoding="utf-8") as file:
+            return [json.loads(line)["text"] for line in file]
+    return fineweb.sources.builtin_documents()
+
+
+def start_worker():
+    """Give a worker of the pool its tokenizer."""
+    import tiktoken
+    start_worker.gpt2 = tiktoken.get_encoding("gpt2")
+
+
+def tokenize_document(text):
+    """One document the way build-nanogpt's workers do it."""
+    gpt2 = start_worker.gpt2
+    tokens = np.array([gpt2.eot_token, *gpt2.encode_ordinary(text)])
+    assert (tokens >= 0).all() and (tokens < 2**16).all()
+    return tokens.astype(np.uint16)
+
+
+def pool_pass(path, out):
+    """Read jsonl, tokenize in a pool of cpu // 2 processes a document a task, write one shard."""
+    with open(path, encoding="utf-8") as file, multiprocessing.Pool(
+            max(1, os.cpu_count() // 2), start_worker) as pool:
+        texts = (json.loads(line)["text"] for line in file)
+        tokens = np.concatenate(list(pool.imap(tokenize_document, texts, chunksize=16)))
+    np.save(out / "pool.npy", tokens)
+
+
+def bench_data():
+    """Tokens a second from jsonl to shards, beside build-nanogpt's way and bare tiktoken."""
+    import tiktoken
+    texts = real_texts()
+    texts *= 1 + 52_000_000 // sum(map(len, texts))
+    gpt2 = tiktoken.get_encoding("gpt2")
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        source = folder / "texts.jsonl"
+        with open(source, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
+        parquet = folder / "texts.parquet"
+        import pyarrow.parquet
+        pyarrow.parquet.write_table(pyarrow.table({"text": texts}), parquet)
+        runs = iter(range(1000))
+        megabytes = sum(len(text.encode()) for text in texts) / 1e6
+        medians = take_turns({
+            "build-nanogpt's way": lambda: pool_pass(source, folder),
+            "bare tiktoken": lambda: gpt2.encode_ordinary_batch(texts, num_threads=os.cpu_count()),
+            "fineweb.py, jsonl": lambda: fineweb.prepare([source], folder / str(next(runs))),
+            "fineweb.py, parquet": lambda: fineweb.prepare([parquet], folder / str(next(runs))),
+            "fineweb.py, bpe:8192": lambda: fineweb.prepare(
+                [source], folder / str(next(runs)), "bpe:8192")})
+        splits = fineweb.read_meta(folder / "0")["splits"]
+    num_tokens = sum(split["tokens"] for split in splits.values())
+    print(f"{megabytes:.0f} MB, {num_tokens / 1e6:.1f} M tokens, {os.cpu_count()} cores")
+    pool, bare = medians["build-nanogpt's way"], medians["bare tiktoken"]
+    for name, seconds in medians.items():
+        print(f"{name:20} {seconds:6.2f} s {megabytes / seconds:6.1f} MB/s "
+              f"{pool / seconds:5.2f} x build-nanogpt {bare / seconds:5.2f} x tiktoken")
+    return {"mb": megabytes, "tokens": num_tokens, "seconds": medians}
+
+
+# name on the command line: function that prints a table and returns plain values
+BENCHES = {"data": bench_data}
 
 
 def main():

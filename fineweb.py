@@ -1,176 +1,70 @@
 """
-Turns text into token shards that train_gpt2.py reads; owns the tokenizers and the shard format.
+Turns text into token shards that train_gpt2.py reads; owns the shard format.
 
     python fineweb.py                                        # FineWeb-EDU sample-10BT, gpt2 tokens
+    python fineweb.py --max_tokens 10M --out trial           # a trial of it
     python fineweb.py --source a.txt b.jsonl.gz folder/ --tokenizer bpe:8192 --out my_data
-    python fineweb.py --source builtin --tokenizer bpe:2048 --out demo_data   # offline, 2 MB
+    python fineweb.py --source builtin --tokenizer bpe:1536 --out demo_data   # offline, 2 MB
+    torchrun --nproc_per_node=4 fineweb.py                   # four processes share the files
+    python fineweb.py --verify my_data                       # is the folder whole?
 
 A folder of shards holds edufineweb_val_000000.npy and edufineweb_train_000001.npy onwards (1-D,
 uint16 or uint32, each document preceded by the end-of-text token) and, written last, meta.json.
-This module never imports torch.
+Stop it at any moment and start it again: it goes on behind the last finished shard, and the folder
+ends up the same, byte for byte. This module never imports torch.
 """
 
 import argparse
-import ast
-import codecs
-import functools
-import gzip
+import contextlib
 import hashlib
 import json
+import math
 import os
-import random
 import re
-import sys
+import shutil
+import zlib
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
+import sources
+from cli import OneLineParser, UserError, run_main
+from sources import Input, Tally
+from tokenizer import Tokenizer, check_spec, make_tokenizer
+
 FORMAT_VERSION = 1
-END_OF_TEXT = "<|endoftext|>"
+SPLITS = ("val", "train")
 SHARD_NAME = re.compile(r"edufineweb_(val|train)_(\d{6})\.npy")
-TEXT_SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
-TRAIN_SAMPLE_BYTES = 100_000_000  # a trained tokenizer learns from at most this much text
-PIECE_CHARS = 1 << 18  # longer documents are tokenized in pieces of this size, cut at a line end
-BATCH_CHARS = 1 << 22  # text handed to the tokenizer threads at once
+SAMPLE_BYTES = 100_000_000  # a trained tokenizer learns from at most this much text
+GROUP_CHARS = 1 << 18  # text that a tokenizer thread is handed at once
 BYTES_PER_TOKEN = 4  # a rough figure for English, used only to tell small corpora from large ones
-
-
-class UserError(ValueError):
-    """A mistake the user can mend; its message says how. Scripts print it as one line."""
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """argparse, but a bad command line costs one line of stderr, not the whole usage text."""
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message} (--help lists the options)\n")
-
-
-def run_main(main):
-    """Call `main()`; what a user can cause ends in one line on stderr and exit code 2."""
-    try:
-        main()
-    except (UserError, OSError) as error:
-        message = " ".join(str(error).split()) or type(error).__name__
-        rank = os.environ.get("RANK", "0")
-        where = f"{Path(sys.argv[0]).name}: " + (f"rank {rank}: " if rank != "0" else "")
-        print(f"{where}error: {message}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        sys.exit(130)
+HEAD_TOKENS = 4096  # what the quick checksum of a shard covers
 
 
 # -----------------------------------------------------------------------------
-# tokenizers
-
-class Tokenizer:
-    """
-    Text to token ids and back, the same way for every kind of tokenizer.
-
-    spec: "gpt2" or "bpe:N". tokenizer_json: the text of a Hugging Face tokenizer.json holding a
-    byte-level BPE, for every spec but gpt2. `vocab_size` counts all ids, `eot` is end-of-text.
-    Encoding never produces `eot`: the literal "<|endoftext|>" in a text is text.
-    """
-
-    def __init__(self, spec, tokenizer_json=None):
-        self.spec = spec
-        self.tokenizer_json = tokenizer_json
-        if spec == "gpt2":
-            self._gpt2 = _load_tiktoken_gpt2()
-            self.vocab_size, self.eot = self._gpt2.n_vocab, self._gpt2.eot_token
-            return
-        import tokenizers
-        self._gpt2 = None
-        self._bpe = tokenizers.Tokenizer.from_str(tokenizer_json)
-        self._bpe.encode_special_tokens = True  # treat special tokens in the text as plain text
-        self.vocab_size = self._bpe.get_vocab_size()
-        self.eot = self._bpe.token_to_id(END_OF_TEXT)
-        if self.eot is None:
-            raise UserError(f"tokenizer {spec} has no {END_OF_TEXT} token: train one with bpe:N")
-        self._bytes = _token_bytes(self._bpe)
-
-    def encode_batch(self, texts):
-        """Token ids of each text, as a list of 1-D uint32 arrays; uses all cores."""
-        if self._gpt2:
-            with ThreadPoolExecutor(os.cpu_count()) as pool:  # tiktoken releases the GIL
-                return list(pool.map(self._encode_gpt2, texts))
-        encodings = self._bpe.encode_batch_fast(texts, add_special_tokens=False)
-        return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
-
-    def _encode_gpt2(self, text):
-        return np.array(self._gpt2.encode_ordinary(text), dtype=np.uint32)
-
-    def encode(self, text):
-        """Token ids of one text, as a list of ints."""
-        return self.encode_batch([text])[0].tolist()
-
-    def decode_bytes(self, ids):
-        """The UTF-8 bytes behind the ids; they may end inside a character."""
-        ids = [int(i) for i in ids]
-        return self._gpt2.decode_bytes(ids) if self._gpt2 else b"".join(map(self._bytes.get, ids))
-
-    def decode(self, ids):
-        """Text behind the ids: bad UTF-8 becomes U+FFFD, half a character at the end nothing."""
-        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        return decoder.decode(self.decode_bytes(ids))
-
-    def state(self):
-        """Plain values from which `Tokenizer(**state)` is rebuilt; stored in checkpoints."""
-        return {"spec": self.spec, "tokenizer_json": self.tokenizer_json}
+# the shard format, reading side
 
 
-def _load_tiktoken_gpt2():
-    import requests
-    import tiktoken
+def read_json(path):
+    """The JSON value in a file; raises UserError if it is damaged."""
     try:
-        return tiktoken.get_encoding("gpt2")
-    except (requests.RequestException, OSError) as error:
-        raise UserError(
-            "cannot download the gpt2 tokenizer: where there is a network, set TIKTOKEN_CACHE_DIR "
-            "to a folder and run python -c \"import tiktoken; tiktoken.get_encoding('gpt2')\"; "
-            f"bring the folder here and set TIKTOKEN_CACHE_DIR to it ({type(error).__name__})"
-        ) from error
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): make the folder again") from error
 
 
-def _token_bytes(bpe):
-    """{id: bytes} of a byte-level BPE, which spells every byte as a printable character."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    unprintable = sorted(set(range(256)) - set(printable))  # spelled chr(256), chr(257), ...
-    byte_of = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(unprintable)}
-    table = {}
-    for token, i in bpe.get_vocab().items():
-        spelled = token != END_OF_TEXT and all(char in byte_of for char in token)
-        table[i] = bytes(byte_of[char] for char in token) if spelled else token.encode("utf-8")
-    return table
-
-
-def train_bpe(texts, vocab_size):
-    """Train a byte-level BPE of `vocab_size` tokens with GPT-2's splitting rule, eot last."""
-    if vocab_size < 257:
-        raise UserError(f"bpe:{vocab_size} is too small: 256 bytes and end-of-text need bpe:257")
-    from tokenizers import Tokenizer as HFTokenizer
-    from tokenizers import decoders, models, pre_tokenizers, trainers
-    bpe = HFTokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=False))
-    bpe.add_special_tokens([END_OF_TEXT])
-    return Tokenizer(f"bpe:{vocab_size}", bpe.to_str())
-
-
-def parse_tokenizer_spec(spec):
-    """None for "gpt2", the vocabulary size for "bpe:N"; raises UserError for anything else."""
-    if spec == "gpt2":
-        return None
-    match = re.fullmatch(r"bpe:(\d+)", spec)
-    if not match:
-        raise UserError(f"unknown tokenizer {spec!r}: use gpt2 or bpe:N, for example bpe:8192")
-    return int(match.group(1))
+def read_meta(data_dir):
+    """meta.json of a folder of shards; a folder without one (build-nanogpt's) counts as gpt2."""
+    path = Path(data_dir) / "meta.json"
+    if path.is_file():
+        return read_json(path)
+    if next(Path(data_dir).glob("in_progress_*.json"), None):
+        raise UserError(f"{data_dir} is half done: give the fineweb.py command that began it again")
+    return {"tokenizer": "gpt2", "vocab_size": 50257, "eot": 50256}
 
 
 def load_data_tokenizer(data_dir):
@@ -181,33 +75,25 @@ def load_data_tokenizer(data_dir):
     path = Path(data_dir) / meta["tokenizer_file"]
     if not path.is_file():
         raise UserError(f"{path} is missing: make {data_dir} again with fineweb.py")
-    text = path.read_text(encoding="utf-8")
-    if hashlib.sha256(text.encode("utf-8")).hexdigest() != meta["tokenizer_sha256"]:
+    model = path.read_text(encoding="utf-8")
+    if sha256(model.encode("utf-8")) != meta["tokenizer_sha256"]:
         raise UserError(f"{path} is not the tokenizer {data_dir} was made with: make it again")
-    return Tokenizer(meta["tokenizer"], text)
-
-
-# -----------------------------------------------------------------------------
-# the shard format, reading side
-
-def read_meta(data_dir):
-    """meta.json of a folder of shards; a folder without one (build-nanogpt's) counts as gpt2."""
-    path = Path(data_dir) / "meta.json"
-    if not path.is_file():
-        return {"tokenizer": "gpt2", "vocab_size": 50257, "eot": 50256}
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}): make the folder again") from error
+    return Tokenizer(meta["tokenizer"], model)
 
 
 def find_shards(data_dir, split):
-    """Sorted paths of a split's shards; stray and temporary files are not among them."""
+    """Sorted paths of a split's shards. Raises UserError where one is missing in the middle."""
     folder = Path(data_dir)
-    if not folder.is_dir():
-        return []
-    names = sorted(p.name for p in folder.iterdir() if SHARD_NAME.fullmatch(p.name))
-    return [folder / name for name in names if SHARD_NAME.fullmatch(name).group(1) == split]
+    found = {}
+    for path in folder.iterdir() if folder.is_dir() else ():
+        match = SHARD_NAME.fullmatch(path.name)  # neither strays nor temporary files
+        if match and match.group(1) == split:
+            found[int(match.group(2))] = path
+    if found and sorted(found) != list(range(min(found), min(found) + len(found))):
+        missing = min(set(range(min(found), max(found))) - set(found))
+        raise UserError(f"{folder} lacks edufineweb_{split}_{missing:06d}.npy: bring it back, or "
+                        "make the folder again")
+    return [found[index] for index in sorted(found)]
 
 
 def open_shard(path):
@@ -222,411 +108,550 @@ def open_shard(path):
     return tokens
 
 
+def check_shards(data_dir, split):
+    """
+    Open a split as meta.json describes it: [(path, memory map)]. Raises UserError for a shard that
+    is missing, damaged, of another tokenizer or of another folder; reads little of each.
+    """
+    meta = read_meta(data_dir)
+    listed = {s["name"]: s for s in meta.get("shards", [])}
+    shards = [(path, open_shard(path)) for path in find_shards(data_dir, split)]
+    for path, tokens in shards:
+        check_ids(tokens[:1_000_000], meta["vocab_size"], path)
+        entry = listed.get(path.name)
+        if listed and (entry is None or describe_head(tokens) != entry["head"]):
+            raise UserError(f"{path} is not the shard that meta.json describes: are two data sets "
+                            "mixed here? bring back the right one, or make the folder again")
+    lost = {n for n in listed if f"_{split}_" in n} - {path.name for path, _ in shards}
+    if lost and shards:
+        raise UserError(f"{data_dir} lacks {min(lost)}: bring it back or make the folder again")
+    return shards
+
+
+def check_ids(tokens, vocab_size, path):
+    """Raise UserError if a token id is outside of the vocabulary."""
+    if len(tokens) and tokens.max() >= vocab_size:
+        raise UserError(f"{path} has token id {tokens.max()}, but the vocabulary has only "
+                        f"{vocab_size} tokens: the shard is of another tokenizer")
+
+
+def describe_head(tokens):
+    """A quick mark of a shard's content: dtype, length and the CRC of its first tokens."""
+    head = np.ascontiguousarray(tokens[:HEAD_TOKENS])
+    return f"{tokens.dtype} {len(tokens)} {zlib.crc32(head.tobytes()):08x}"
+
+
 # -----------------------------------------------------------------------------
 # the shard format, writing side
 
+
 def write_atomically(path, write):
     """Call `write(file)` on a temporary file beside `path`, then fsync and rename it into place."""
-    temporary = path.with_name(path.name + ".tmp")
+    rank = os.environ.get("RANK", "0")  # processes that write the same file do not meet
+    temporary = path.with_name(f"{path.name}.{rank}.tmp")
     with open(temporary, "wb") as file:
         write(file)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+    if os.name == "posix":  # the rename itself is safe once the folder is on disk
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+
+
+def write_json(path, value):
+    """Write a JSON file atomically."""
+    text = json.dumps(value, indent=1, ensure_ascii=False)
+    write_atomically(path, lambda file: file.write(text.encode("utf-8")))
+
+
+def sha256(data):
+    """Hexadecimal SHA-256 of bytes or of an array's memory."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def shard_name(split, index):
+    """File name of a shard; val starts at 0, train at 1."""
+    return f"edufineweb_{split}_{index:06d}.npy"
+
+
+class Piece(NamedTuple):
+    """Some text of one document, where it was read, and the split it is for (None: by place)."""
+
+    text: str
+    starts: bool  # whether it is the first of its document
+    split: str | None
+    file: int
+    number: int  # in its file
 
 
 class ShardWriter:
-    """Fills the shards of one split, `shard_size` tokens each; `close` writes the partial last."""
+    """
+    Cuts the token stream of one process into shards, and writes each with the state from which to
+    go on behind it: "next", the [file, piece, tokens of it] to read first, and what is done so far.
 
-    def __init__(self, out_dir, split, first_index, shard_size, dtype):
-        self.out_dir, self.split, self.index = out_dir, split, first_index
-        self.buffer = np.empty(shard_size, dtype)
-        self.filled = 0
-        self.totals = {"tokens": 0, "documents": 0, "bytes": 0}
+    The first `val_size` tokens go to val unless pieces say their split. `max_tokens` ends it.
+    """
 
-    def add(self, tokens):
-        """Append a 1-D array of token ids, of any length."""
-        self.totals["tokens"] += len(tokens)
-        while len(tokens):
-            part = tokens[:len(self.buffer) - self.filled]
+    def __init__(self, out_dir, tokenizer, state, state_file, val_size, shard_size, max_tokens,
+                 prefix):
+        self.out_dir, self.tokenizer, self.prefix = out_dir, tokenizer, prefix
+        self.state, self.state_file = state, state_file
+        self.val_size, self.shard_size, self.max_tokens = val_size, shard_size, max_tokens
+        self.dtype = np.uint16 if tokenizer.vocab_size <= 65_535 else np.uint32
+        self.buffer, self.filled, self.split = None, 0, None
+        self.total = sum(t["tokens"] for t in state["totals"].values())
+
+    @property
+    def full(self):
+        """Whether max_tokens are there."""
+        return self.max_tokens is not None and self.total >= self.max_tokens
+
+    def place(self, piece):
+        """(split, size) of the shard that the next token goes to."""
+        if piece.split is not None:
+            return piece.split, self.shard_size
+        left = self.val_size - self.state["totals"]["val"]["tokens"]
+        return ("val", self.filled + left) if left > 0 else ("train", self.shard_size)
+
+    def add(self, piece, tokens):
+        """Append the tokens of a piece, and write every shard that they complete."""
+        if piece.starts:
+            tokens = np.concatenate([np.array([self.tokenizer.eot], tokens.dtype), tokens])
+        used = 0
+        if [piece.file, piece.number] == self.state["next"][:2]:
+            used = self.state["next"][2]  # these are in the last shard already
+        while used < len(tokens) and not self.full:
+            split, size = self.place(piece)
+            if split != self.split:
+                self.flush([piece.file, piece.number, used])
+                self.split, self.buffer = split, np.empty(size, self.dtype)
+            room = size - self.filled
+            if self.max_tokens is not None:
+                room = min(room, self.max_tokens - self.total)
+            part = tokens[used:used + room]
             self.buffer[self.filled:self.filled + len(part)] = part
             self.filled += len(part)
-            tokens = tokens[len(part):]
-            if self.filled == len(self.buffer):
-                self.close()
+            self.count(piece, part, whole=len(part) == len(tokens), first=used == 0)
+            used += len(part)
+            if self.filled == size:
+                done = used == len(tokens)
+                self.flush([piece.file, piece.number + done, 0 if done else used])
 
-    def close(self):
-        """Write what the buffer holds, if anything."""
-        if self.filled:
-            path = self.out_dir / f"edufineweb_{self.split}_{self.index:06d}.npy"
-            write_atomically(path, lambda file: np.save(file, self.buffer[:self.filled]))
-            self.index, self.filled = self.index + 1, 0
+    def count(self, piece, part, whole, first):
+        """Add a part of a piece to the totals of its split."""
+        totals = self.state["totals"][self.split]
+        eot = int(first and piece.starts)
+        n_bytes = len(piece.text.encode("utf-8") if whole else
+                      self.tokenizer.decode_bytes(part[eot:]))
+        totals["tokens"] += len(part)
+        totals["documents"] += eot
+        totals["bytes"] += n_bytes
+        self.total += len(part)
 
-
-# -----------------------------------------------------------------------------
-# sources of text: each yields (text, starts_document)
-
-def iterate_source(sources, config=None, text_column="text"):
-    """
-    Yield (text, starts_document) over all sources, in a fixed order. Documents longer than
-    PIECE_CHARS come in several pieces, which joined are the document.
-
-    sources: "builtin", files or folders of .txt (a document each), .jsonl, .jsonl.gz or .parquet
-    (a document a row), or one Hugging Face dataset name, whose `config`'s train split is read.
-    """
-    for source in map(str, sources):
-        if source == "builtin":
-            for text in builtin_documents():
-                yield from cut_in_pieces(text)
-        elif Path(source).exists():
-            for path in list_text_files(Path(source)):
-                yield from read_file(path, text_column)
-        elif is_hub_name(source):
-            yield from read_hub_dataset(source, config, text_column)
-        else:
-            raise UserError(f"source {source!r} is neither 'builtin', nor a file or folder here, "
-                            "nor a Hugging Face dataset name (USER/NAME)")
-
-
-def is_hub_name(source):
-    """Whether `source` is spelled like USER/NAME and is not a path with a text suffix."""
-    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", source)) and not source.endswith(TEXT_SUFFIXES)
-
-
-def list_text_files(path):
-    """The text files under `path`, sorted; `path` itself if it is a file."""
-    if path.is_file():
-        if not path.name.endswith(TEXT_SUFFIXES):
-            raise UserError(f"cannot read {path}: it is none of {', '.join(TEXT_SUFFIXES)}")
-        return [path]
-    files = sorted(p for p in path.rglob("*") if p.is_file() and p.name.endswith(TEXT_SUFFIXES))
-    if not files:
-        raise UserError(f"no {', '.join(TEXT_SUFFIXES)} file in {path}")
-    return files
-
-
-def read_file(path, text_column="text"):
-    """Yield (text, starts_document) over one .txt, .jsonl, .jsonl.gz or .parquet file."""
-    if path.name.endswith(".txt"):
-        yield from read_txt(path)
-        return
-    rows = read_parquet(path, text_column) if path.suffix == ".parquet" else read_jsonl(path)
-    for where, row in rows:
-        text = row.get(text_column) if isinstance(row, dict) else None
-        if not isinstance(text, str):
-            raise UserError(f"{path}, {where}: no text in column {text_column!r} (--text_column)")
-        # JSON can spell half a surrogate pair, which UTF-8 cannot
-        yield from cut_in_pieces(text.encode("utf-8", errors="replace").decode("utf-8"))
-
-
-def read_txt(path):
-    """Yield the pieces of one UTF-8 text file, read as it is but for a leading byte order mark."""
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        starts, rest = True, ""
-        try:
-            while chunk := file.read(PIECE_CHARS):
-                head, newline, rest = (rest + chunk).rpartition("\n")
-                if not newline:  # a line that long is cut anywhere
-                    head, rest = rest, ""
-                yield head + newline, starts
-                starts = False
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start} of a "
-                            f"block): convert it, for example with iconv -t UTF-8") from error
-    if rest:
-        yield rest, starts
-
-
-def cut_in_pieces(text):
-    """Yield (piece, starts_document), the pieces cut after a line end where there is one."""
-    starts = True
-    while len(text) > PIECE_CHARS:
-        cut = text.rfind("\n", 0, PIECE_CHARS) + 1 or PIECE_CHARS
-        yield text[:cut], starts
-        text, starts = text[cut:], False
-    if text:
-        yield text, starts
-
-
-def read_jsonl(path):
-    """Yield ("line N", row) over a .jsonl or .jsonl.gz file."""
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8-sig") as file:
-        try:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield f"line {number}", json.loads(line)
-        except (ValueError, EOFError, gzip.BadGzipFile) as error:
-            raise UserError(f"{path} is no UTF-8 JSON lines file ({error})") from error
-
-
-def read_parquet(path, text_column):
-    """Yield ("row N", {text_column: text}) over a parquet file, a batch in memory at a time."""
-    import pyarrow
-    import pyarrow.parquet
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-        number = 0
-        for batch in file.iter_batches(batch_size=1000, columns=[text_column]):
-            for row in batch.to_pylist():
-                number += 1
-                yield f"row {number}", row
-    except pyarrow.ArrowException as error:
-        raise UserError(f"{path} is no readable parquet file ({error})") from error
-
-
-def read_hub_dataset(name, config, text_column):
-    """Yield (text, starts_document) over a hub dataset's train split, one file kept at a time."""
-    from datasets import load_dataset_builder
-    from huggingface_hub import HfFileSystem, hf_hub_download
-    try:
-        files = load_dataset_builder(name, config).config.data_files["train"]
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"cannot list the files of {name} ({config}): {error}; check the names and the "
-            "network, set HF_ENDPOINT to a mirror, or HF_TOKEN to your token") from error
-    for url in files:
-        file = HfFileSystem().resolve_path(url)
-        local = Path(hf_hub_download(
-            file.repo_id, file.path_in_repo, repo_type="dataset", revision=file.revision))
-        yield from read_file(local, text_column)
-        for path in (local.resolve(), local):  # the cache's content and the link to it
-            path.unlink(missing_ok=True)
-
-
-@functools.cache  # parsing the library takes seconds, and every pass over the source asks for it
-def builtin_documents():
-    """
-    Text that every Python carries, about 2 MB, in a fixed shuffled order: the language reference
-    that help() shows, and the docstrings of the standard library with the names they belong to.
-    """
-    import sysconfig
-    documents = []
-    try:
-        from pydoc_data import topics
-        documents = list(topics.topics.values())
-    except ImportError:
-        pass  # some distributions package it apart
-    root = Path(sysconfig.get_paths()["stdlib"])
-    skipped = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"}
-    for path in sorted(root.rglob("*.py")):
-        relative = path.relative_to(root)
-        if skipped.isdisjoint(relative.parts):
-            documents.append(module_docstrings(path, ".".join(relative.with_suffix("").parts)))
-    documents = [text for text in documents if text]
-    if sum(map(len, documents)) < 100_000:
-        raise UserError("this Python carries no readable standard library: use --source FILE")
-    # shuffled so that train and val hold the same kinds of text
-    random.Random(1337).shuffle(documents)
-    return documents
-
-
-def module_docstrings(path, name):
-    """The docstrings of one source file, each under the name and arguments it belongs to."""
-    try:
-        tree = ast.parse(path.read_bytes())
-    except (SyntaxError, ValueError):
-        return ""
-    sections = []
-    for node in ast.walk(tree):
-        if not isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-            continue
-        docstring = ast.get_docstring(node)
-        if docstring:
-            arguments = f"({ast.unparse(node.args)})" if hasattr(node, "args") else ""
-            sections.append(f"{getattr(node, 'name', name)}{arguments}\n\n{docstring}\n")
-    return "\n".join(sections)
+    def flush(self, position):
+        """Write the tokens at hand as a shard, then the state to go on from at `position`."""
+        if not self.filled:
+            return
+        tokens = self.buffer[:self.filled]
+        index = sum(s["split"] == self.split for s in self.state["shards"])
+        name = self.prefix + shard_name(self.split, index + (self.split == "train"))
+        write_atomically(self.out_dir / name, lambda file: np.save(file, tokens))
+        self.state["shards"].append({
+            "name": name, "split": self.split, "tokens": len(tokens),
+            "head": describe_head(tokens), "sha256": sha256(tokens)})
+        self.state["next"] = position
+        self.filled = 0
+        write_json(self.state_file, self.state)
 
 
 # -----------------------------------------------------------------------------
 # from text to shards
 
-def assign_splits(pieces, small_bytes, val_fraction):
+
+def split_by_bytes(pieces, train_bytes):
     """
-    Yield (split, text, starts_document) for a corpus of `small_bytes` bytes: the last
-    `val_fraction` of them is val, cut at a line end if there is one; val opens a new document.
+    Label the first `train_bytes` bytes of a small corpus train and the rest val. The cut is at a
+    line end if there is one, and val opens a new document.
     """
-    train_left = int(small_bytes * (1 - val_fraction))
-    cutting = True
-    for text, starts in pieces:
-        data = text.encode("utf-8")
-        if not cutting:
-            yield "val", text, starts
-        elif len(data) <= train_left:
-            train_left -= len(data)
-            yield "train", text, starts
-        else:
-            head = data[:data.rfind(b"\n", 0, train_left) + 1]
-            head = head or data[:train_left].decode("utf-8", errors="ignore").encode("utf-8")
+    left, split = train_bytes, "train"
+    for piece in pieces:
+        data = piece.text.encode("utf-8")
+        if split == "train" and len(data) > left:
+            head = data[:data.rfind(b"\n", 0, left) + 1]
+            head = head or data[:left].decode("utf-8", errors="ignore").encode("utf-8")
             if head:
-                yield "train", head.decode("utf-8"), starts
-            yield "val", data[len(head):].decode("utf-8"), True
-            cutting = False
+                yield piece._replace(text=head.decode("utf-8"), split="train")
+            piece = piece._replace(text=data[len(head):].decode("utf-8"), starts=True)
+            split = "val"
+        left -= len(data)
+        yield piece._replace(split=split)
 
 
-def measure_corpus(pieces, limit):
-    """UTF-8 bytes of the pieces, or None as soon as they exceed `limit`."""
-    total = 0
-    for text, _ in pieces:
-        total += len(text.encode("utf-8"))
-        if total > limit:
-            return None
-    if total == 0:
-        raise UserError("the source holds no text")
-    return total
-
-
-def tokenizer_sample(labelled, shard_size):
-    """Texts to train a tokenizer on: train pieces (of a large corpus, those well past val)."""
-    skip, taken = BYTES_PER_TOKEN * 3 // 2 * shard_size, 0
-    for split, text, _ in labelled:
-        if split is None and skip > 0:  # shard 0 becomes val: its text is in about this many bytes
-            skip -= len(text)
-        elif split != "val":
-            yield text
-            taken += len(text)
-        if taken >= TRAIN_SAMPLE_BYTES:
+def tokenizer_sample(pieces, skip):
+    """Texts to train a tokenizer on, not val's; in unlabelled text, that is the first `skip`."""
+    taken = 0
+    for piece in pieces:
+        if piece.split is None and skip > 0:
+            skip -= len(piece.text)
+        elif piece.split != "val" and piece.text:
+            yield piece.text
+            taken += len(piece.text.encode("utf-8"))
+        if taken >= SAMPLE_BYTES:
             return
 
 
-def write_shards(labelled, tokenizer, out_dir, shard_size):
-    """Tokenize (split, text, starts_document) into shards; returns {split: totals}."""
-    dtype = np.uint16 if tokenizer.vocab_size <= 65_535 else np.uint32
-    val = ShardWriter(out_dir, "val", 0, shard_size, dtype)
-    train = ShardWriter(out_dir, "train", 1, shard_size, dtype)
-    progress = tqdm(unit="tok", unit_scale=True, desc=f"writing {out_dir}")
-    for batch in batches_of_text(labelled):
-        arrays = tokenizer.encode_batch([text for _, text, _ in batch])
-        for (split, text, starts), tokens in zip(batch, arrays, strict=True):
-            tokens = np.concatenate([[tokenizer.eot], tokens]).astype(dtype) if starts else tokens
-            n_bytes = len(text.encode("utf-8"))
-            # a large corpus comes without split labels: val is its first shard
-            room = shard_size - val.totals["tokens"] if split is None else 0
-            target = val if split == "val" or room > 0 else train
-            target.totals["documents"] += starts
-            if 0 < room < len(tokens):  # this piece straddles the end of the val shard
-                val.add(tokens[:room])
-                in_val = len(tokenizer.decode_bytes(tokens[int(starts):room]))
-                val.totals["bytes"] += in_val
-                tokens, n_bytes, target = tokens[room:], n_bytes - in_val, train
-            target.add(tokens)
-            target.totals["bytes"] += n_bytes
-        progress.update(val.totals["tokens"] + train.totals["tokens"] - progress.n)
+def tokenize(pieces, tokenizer, num_proc):
+    """Yield (piece, tokens) in the order of the pieces; threads tokenize groups of them ahead."""
+    with ThreadPoolExecutor(num_proc) as pool:
+        pending, group, chars = deque(), [], 0
+        for piece in pieces:
+            group.append(piece)
+            chars += len(piece.text)
+            if chars < GROUP_CHARS:
+                continue
+            texts = [p.text for p in group]
+            pending.append((group, pool.submit(tokenizer.encode_batch, texts)))
+            group, chars = [], 0
+            if len(pending) > 2 * num_proc:  # bounds memory, and keeps every thread busy
+                done, future = pending.popleft()
+                yield from zip(done, future.result(), strict=True)
+        for done, future in pending:
+            yield from zip(done, future.result(), strict=True)
+        yield from zip(group, tokenizer.encode_batch([p.text for p in group]), strict=True)
+
+
+class Corpus:
+    """The text of all inputs, in order; small ones are cut into train and val by bytes."""
+
+    def __init__(self, inputs, text_column, downloads, prefetch):
+        self.inputs, self.text_column = inputs, text_column
+        self.downloads, self.prefetch = downloads, prefetch
+        self.train_bytes = None  # of a small corpus, those in front that are train
+
+    def pieces(self, indices=None, first=(0, 0), tally=None, drop=False):
+        """Yield the Pieces of some inputs from position `first` (file, piece) on."""
+        indices = range(len(self.inputs)) if indices is None else indices
+        read = sources.read_inputs(
+            self.inputs, [i for i in indices if i >= first[0]], self.text_column,
+            tally or Tally(quiet=True), self.downloads, drop, self.prefetch)
+        pieces = (Piece(text, starts, None, file, number) for file, number, text, starts in read
+                  if (file, number) >= tuple(first))  # those before are read, but not tokenized
+        return pieces if self.train_bytes is None else split_by_bytes(pieces, self.train_bytes)
+
+    def measure(self, limit, val_fraction):
+        """Whether the text is at most `limit` bytes; if so, it will be split by bytes."""
+        if sources.is_on_hub(self.inputs):
+            return False
+        total = 0
+        for piece in self.pieces():
+            total += len(piece.text.encode("utf-8"))
+            if total > limit:
+                return False
+        if total == 0:
+            raise UserError("the source holds no text")
+        self.train_bytes = int(total * (1 - val_fraction))
+        return True
+
+
+def write_shards(pieces, tokenizer, writer, inputs, num_proc):
+    """Tokenize the pieces into the writer, and show the progress."""
+    size = sum(item.size for item in inputs)
+    compressed = inputs[0].name.endswith((".gz", ".parquet"))
+    bytes_per_size = 2.0 if compressed else 1.0  # a guess, until the first file is done
+    progress = tqdm(unit="tok", unit_scale=True, initial=writer.total, total=writer.max_tokens)
+    file = None
+    for piece, tokens in tokenize(pieces, tokenizer, num_proc):
+        writer.add(piece, tokens)
+        if writer.full:
+            break
+        if piece.file != file or writer.total - progress.n > 500_000:
+            totals = writer.state["totals"].values()
+            n_bytes, documents = (sum(t[key] for t in totals) for key in ("bytes", "documents"))
+            if piece.file != file and piece.file > 0:
+                bytes_per_size = n_bytes / sum(item.size for item in inputs[:piece.file])
+            if writer.max_tokens is None:  # an estimate, for the time left
+                progress.total = int(writer.total * size * bytes_per_size / max(n_bytes, 1))
+            file = piece.file
+            progress.update(writer.total - progress.n)
+            progress.set_postfix_str(f"{documents:,} docs, {Path(inputs[file].name).name}")
+    writer.flush([len(inputs), 0, 0])
+    progress.total = writer.total
+    progress.update(writer.total - progress.n)
     progress.close()
-    val.close()
-    train.close()
-    return {"val": val.totals, "train": train.totals}
 
 
-def batches_of_text(labelled):
-    """Group labelled pieces into lists of about BATCH_CHARS characters."""
-    batch, chars = [], 0
-    for item in labelled:
-        batch.append(item)
-        chars += len(item[1])
-        if chars >= BATCH_CHARS:
-            yield batch
-            batch, chars = [], 0
-    if batch:
-        yield batch
+def check_arguments(recipe):
+    """Raise UserError for arguments of `prepare` that cannot work."""
+    check_spec(recipe["tokenizer"])
+    if not 0 < recipe["val_fraction"] < 1:
+        raise UserError(f"--val_fraction {recipe['val_fraction']} must lie between 0 and 1")
+    for name in ("shard_size", "max_tokens"):
+        if recipe[name] is not None and recipe[name] < 2:
+            raise UserError(f"--{name} {recipe[name]} must be at least 2")
 
 
-def is_complete(out_dir, recipe):
+def find_state(out_dir, recipe, state_file):
     """
-    Whether `out_dir` holds the shards of this recipe. A half-done folder of the same recipe is
-    done again; anything else in the way raises UserError, so that nothing is overwritten.
+    The state to go on from, {} for a new folder, None if it is complete. Raises UserError where
+    going on would overwrite anything else, naming the difference.
     """
-    done, doing = out_dir / "meta.json", out_dir / "in_progress.json"
-    for path in (done, doing):
-        if path.is_file():
-            found = json.loads(path.read_text(encoding="utf-8")).get("recipe", {})
-            differing = [key for key in recipe if found.get(key) != recipe[key]]
-            if differing:
-                was = ", ".join(f"{k} {found.get(k)!r}, not {recipe[k]!r}" for k in differing)
-                raise UserError(f"{out_dir} was made with {was}: choose another --out")
-            return path == done
-    if find_shards(out_dir, "train") or find_shards(out_dir, "val"):
+    known = [p for p in (out_dir / "meta.json", *out_dir.glob("in_progress_*.json")) if p.is_file()]
+    for path in known:
+        found = read_json(path)["recipe"]
+        differing = [key for key in recipe if found.get(key) != recipe[key]]
+        if differing:
+            was = ", ".join(f"{k} {found.get(k)!r}, not {recipe[k]!r}" for k in differing)
+            raise UserError(f"{out_dir} was made with {was}: choose another --out")
+        if path.name == "meta.json":
+            return None
+    if not known and (find_shards(out_dir, "train") or find_shards(out_dir, "val")):
         raise UserError(f"{out_dir} holds shards that were not made here: choose another --out")
-    return False
+    return read_json(state_file) if state_file.is_file() else {}
 
 
-def prepare(sources, out, tokenizer_spec, config=None, text_column="text", shard_size=100_000_000,
-            val_fraction=0.1):
+def find_inputs(recipe, state, out_dir):
+    """The inputs of a run, which those of a half-done folder must still be."""
+    before = [Input(*item) for item in state.get("inputs", ())]
+    if sources.is_on_hub(before):
+        return before  # pinned to the revision of the start; needs no network either
+    names = [str(sources.spool_stdin(out_dir / "downloads")) if source == "-" else source
+             for source in recipe["source"]]
+    inputs = sources.list_inputs(names, recipe["config"], recipe["split"])
+    if before and inputs != before:
+        changed = [item.name for item in sorted(set(before) ^ set(inputs))]
+        raise UserError(f"the sources have changed since {out_dir} was begun ({changed[0]}): "
+                        "choose another --out, or remove it and start again")
+    return inputs
+
+
+def prepare(source, out, tokenizer="gpt2", config=None, split="train", text_column="text",
+            shard_size=100_000_000, val_fraction=0.1, max_tokens=None, rank=0, world_size=1,
+            num_proc=None, keep_downloads=False):
     """
-    Write the folder of shards `out` from `sources` (see iterate_source); returns its meta.
+    Write the folder of shards `out` from `source`, a list as sources.list_inputs takes it; returns
+    its meta, or None while other ranks are at work. Complete already: left as it is. Raises
+    UserError for what the user can mend.
 
-    The first shard of `shard_size` tokens is val. A corpus too small for two shards (counting
-    BYTES_PER_TOKEN) is split by text instead: its last `val_fraction` of bytes is val. Complete
-    already with the same arguments: left as it is. Raises UserError for what the user can mend.
+    The first shard of `shard_size` tokens (with `max_tokens`, at most `val_fraction` of them) is
+    val. A corpus too small for two shards, counting BYTES_PER_TOKEN, is split by text instead: its
+    last `val_fraction` of bytes is val. Ranks take every world_size-th input.
     """
-    vocab_size = parse_tokenizer_spec(tokenizer_spec)
-    if not 0 < val_fraction < 1:
-        raise UserError(f"--val_fraction {val_fraction} must lie between 0 and 1")
-    if shard_size < 1:
-        raise UserError(f"--shard_size {shard_size} must be positive")
-    recipe = {"source": [str(source) for source in sources], "config": config,
-              "text_column": text_column, "tokenizer": tokenizer_spec,
-              "shard_size": shard_size, "val_fraction": val_fraction}
-    out_dir = Path(out)
-    if is_complete(out_dir, recipe):
+    recipe = {"source": [str(s) for s in source], "config": config, "split": split,
+              "text_column": text_column, "tokenizer": str(tokenizer), "shard_size": shard_size,
+              "val_fraction": val_fraction, "max_tokens": max_tokens, "world_size": world_size}
+    check_arguments(recipe)
+    out_dir, num_proc = Path(out), num_proc or os.cpu_count()
+    state_file = out_dir / f"in_progress_{rank}.json"
+    state = find_state(out_dir, recipe, state_file)
+    if state is None:
         print(f"{out_dir} is complete")
         return read_meta(out_dir)
 
-    def labelled():
-        pieces = iterate_source(sources, config, text_column)
-        if corpus_bytes is None:
-            return ((None, text, starts) for text, starts in pieces)
-        return assign_splits(pieces, corpus_bytes, val_fraction)
+    # what is wrong with a small source shows while it is measured, before anything is written
+    inputs = find_inputs(recipe, state, out_dir)
+    corpus = Corpus(inputs, text_column, out_dir / "downloads", prefetch=max_tokens is None)
+    small = corpus.measure(min(2 * shard_size * BYTES_PER_TOKEN, max_tokens or math.inf),
+                           val_fraction)
+    val_size = min(shard_size, int(max_tokens * val_fraction) or 1) if max_tokens else shard_size
+    skip = int(1.5 * BYTES_PER_TOKEN * val_size)  # more than val takes of a large corpus
+    model = make_tokenizer(recipe["tokenizer"], lambda: tokenizer_sample(corpus.pieces(), skip))
 
-    # everything that can be wrong with a small source shows here, before anything is written
-    pieces = iterate_source(sources, config, text_column)
-    on_hub = any(not Path(s).exists() and is_hub_name(str(s)) for s in sources)  # taken as large
-    corpus_bytes = None if on_hub else measure_corpus(pieces, 2 * shard_size * BYTES_PER_TOKEN)
-    if vocab_size is None:
-        tokenizer = Tokenizer("gpt2")
-    else:
-        print(f"training the tokenizer {tokenizer_spec}")
-        tokenizer = train_bpe(tokenizer_sample(labelled(), shard_size), vocab_size)
-
+    mine = range(len(inputs))[rank::world_size]
+    if small:  # nothing to share: rank 0 does it alone, and from the start
+        mine, state, max_tokens = range(len(inputs) if rank == 0 else 0), {}, None
+    state = state or {
+        "recipe": recipe, "inputs": inputs, "done": False, "next": [0, 0, 0], "rows": {},
+        "totals": {s: {"tokens": 0, "documents": 0, "bytes": 0} for s in ("val", "train")},
+        "shards": []}
     out_dir.mkdir(parents=True, exist_ok=True)
-    in_progress = out_dir / "in_progress.json"
-    write_atomically(in_progress, lambda file: file.write(json.dumps({"recipe": recipe}).encode()))
-    meta = {"format_version": FORMAT_VERSION, "tokenizer": tokenizer_spec,
-            "vocab_size": tokenizer.vocab_size, "eot": tokenizer.eot}
-    if tokenizer.tokenizer_json:
-        data = tokenizer.tokenizer_json.encode("utf-8")
-        write_atomically(out_dir / "tokenizer.json", lambda file: file.write(data))
-        meta["tokenizer_file"] = "tokenizer.json"
-        meta["tokenizer_sha256"] = hashlib.sha256(data).hexdigest()
-    meta["splits"] = write_shards(labelled(), tokenizer, out_dir, shard_size)
-    meta["dtype"] = "uint16" if tokenizer.vocab_size <= 65_535 else "uint32"
-    meta["recipe"] = recipe
-    text = json.dumps(meta, indent=2, ensure_ascii=False)
-    write_atomically(out_dir / "meta.json", lambda file: file.write(text.encode("utf-8")))
-    in_progress.unlink()
+    write_json(state_file, state)
+    if not state["done"] and mine:
+        writer = ShardWriter(
+            out_dir, model, state, state_file, 0 if small or rank else val_size, shard_size,
+            max_tokens and max_tokens // world_size, f"part_{rank:04d}_" if world_size > 1 else "")
+        tally = Tally(state["rows"])
+        pieces = corpus.pieces(mine, state["next"][:2], tally, not keep_downloads)
+        write_shards(pieces, model, writer, inputs, num_proc)
+    state["done"] = True
+    write_json(state_file, state)
+    return finish(out_dir, model, recipe, keep_downloads)
+
+
+def finish(out_dir, tokenizer, recipe, keep_downloads):
+    """
+    Where all ranks are done, give the shards their final names and write meta.json; returns it, or
+    None if some are not. Ranks may come here together: every act can be done twice.
+    """
+    paths = [out_dir / f"in_progress_{rank}.json" for rank in range(recipe["world_size"])]
+    states = [read_json(path) for path in paths if path.is_file()]
+    if (out_dir / "meta.json").is_file():
+        return read_meta(out_dir)
+    if len(states) < len(paths) or not all(state["done"] for state in states):
+        print(f"{out_dir}: this share is done, {len(paths)} are to be")
+        return None
+    shards = []
+    for split, first in (("val", 0), ("train", 1)):
+        found = [s for state in states for s in state["shards"] if s["split"] == split]
+        for index, shard in enumerate(found, first):
+            name = shard_name(split, index)
+            if shard["name"] != name:
+                with contextlib.suppress(FileNotFoundError):  # another rank was faster
+                    os.replace(out_dir / shard["name"], out_dir / name)
+            shards.append({**shard, "name": name})
+    # the last input may have been read ahead of max_tokens: count those before it
+    rows = [count for state in states for index, count in state["rows"].items()
+            if int(index) < state["next"][0]]
+    meta = {
+        "format_version": FORMAT_VERSION, "tokenizer": tokenizer.spec,
+        "vocab_size": tokenizer.vocab_size, "eot": tokenizer.eot,
+        "dtype": "uint16" if tokenizer.vocab_size <= 65_535 else "uint32",
+        "splits": {split: {key: sum(state["totals"][split][key] for state in states)
+                           for key in ("tokens", "documents", "bytes")} for split in SPLITS},
+        "rows_read": sum(r for r, _ in rows), "rows_skipped": sum(bad for _, bad in rows),
+        "recipe": recipe, "inputs": states[0]["inputs"], "shards": shards}
+    if tokenizer.model:
+        data = tokenizer.model.encode("utf-8")
+        meta["tokenizer_file"] = "tokenizer.json" if data[:1] == b"{" else "tokenizer.spm"
+        meta["tokenizer_sha256"] = sha256(data)
+        write_atomically(out_dir / meta["tokenizer_file"], lambda file: file.write(data))
+    write_json(out_dir / "meta.json", meta)
+    for path in paths:
+        path.unlink(missing_ok=True)
+    if not keep_downloads:
+        shutil.rmtree(out_dir / "downloads", ignore_errors=True)
     return meta
 
 
-def main():
+# -----------------------------------------------------------------------------
+# a look at a folder
+
+
+def verify(data_dir):
+    """Print a table of the shards of a folder; raises UserError if anything about it is wrong."""
+    if not find_shards(data_dir, "train") + find_shards(data_dir, "val"):
+        raise UserError(f"{data_dir} holds no shards")
+    meta = read_meta(data_dir)
+    listed = {shard["name"]: shard for shard in meta.get("shards", ())}
+    damage = 0
+    found = find_shards(data_dir, "val") + find_shards(data_dir, "train")
+    names = sorted(set(listed) | {path.name for path in found})
+    for name in names:
+        trouble = verify_shard(Path(data_dir) / name, listed, meta)
+        damage += trouble is not None
+        print(f"{name}  {listed.get(name, {}).get('tokens', '?'):>12}  {trouble or 'good'}")
+    load_data_tokenizer(data_dir)
+    if damage:
+        raise UserError(f"{damage} of {len(names)} shards of {data_dir} are damaged: make it again")
+    print(f"{data_dir} is whole: {len(names)} shards" + ("" if listed else ", without checksums"))
+
+
+def verify_shard(path, listed, meta):
+    """What is wrong with a shard, in a few words, or None."""
+    if not path.is_file():
+        return "is missing"
+    if listed and path.name not in listed:
+        return "is not in meta.json"
+    try:
+        tokens = open_shard(path)
+        check_ids(tokens, meta["vocab_size"], path)
+    except UserError as error:
+        return str(error)
+    if "_val_" in path.name and len(tokens) and tokens[0] != meta["eot"]:
+        return "does not open with end-of-text"
+    if listed and str(tokens.dtype) != meta["dtype"]:
+        return f"is {tokens.dtype}, not {meta['dtype']}"
+    if listed and sha256(np.ascontiguousarray(tokens)) != listed[path.name]["sha256"]:
+        return "differs from its checksum"
+    return None
+
+
+def print_stats(data_dir):
+    """Print the size of each split of a folder, and how it begins."""
+    meta, tokenizer = read_meta(data_dir), load_data_tokenizer(data_dir)
+    print(f"tokenizer {meta['tokenizer']}, {meta['vocab_size']:,} tokens")
+    for split in SPLITS:
+        shards = check_shards(data_dir, split)
+        num_tokens = sum(len(tokens) for _, tokens in shards)
+        totals = describe_totals(meta, split)
+        print(f"{split}: {len(shards)} shards, {num_tokens:,} tokens{totals}")
+        if shards:
+            print(f"  {tokenizer.decode(shards[0][1][1:80])!r}")
+
+
+def describe_totals(meta, split):
+    """Documents and bytes per token of a split, where meta.json tells."""
+    totals = meta.get("splits", {}).get(split)
+    if not totals or not totals["tokens"]:
+        return ""
+    return (f", {totals['documents']:,} documents, "
+            f"{totals['bytes'] / totals['tokens']:.2f} bytes per token")
+
+
+# -----------------------------------------------------------------------------
+# the command line
+
+
+def parse_count(text):
+    """A number like 10000, 10K, 2.5M or 1B as an int."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMB]?)", text.upper())
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number like 10000, 10K, 2.5M or 1B")
+    return int(float(match.group(1)) * {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}[match.group(2)])
+
+
+def parse_args():
+    """The command line of this script."""
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--source", nargs="+", default=["HuggingFaceFW/fineweb-edu"],
-                        help="files, folders, 'builtin', or a Hugging Face dataset")
-    parser.add_argument("--config", default=None,
-                        help="configuration of a hub dataset (fineweb-edu: sample-10BT)")
-    parser.add_argument("--text_column", default="text", help="column or field that holds the text")
-    parser.add_argument("--tokenizer", default="gpt2", help="gpt2, or bpe:N to train one")
-    parser.add_argument("--out", default="edu_fineweb10B", help="folder to write the shards to")
-    parser.add_argument("--shard_size", type=int, default=100_000_000, help="tokens in a shard")
-    parser.add_argument("--val_fraction", type=float, default=0.1,
-                        help="share of a small corpus's bytes, at its end, that becomes val")
+    add = parser.add_argument
+    add("--source", nargs="+", default=["HuggingFaceFW/fineweb-edu"],
+        help="files, folders, - for standard input, 'builtin', or Hugging Face datasets")
+    add("--config", help="configuration of a hub dataset (fineweb-edu: sample-10BT)")
+    add("--split", default="train", help="split of a hub dataset to read (%(default)s)")
+    add("--text_column", default="text", help="column or field that holds the text")
+    add("--tokenizer", default="gpt2",
+        help="gpt2, bpe:N or spm:N to train one, or the path of a trained one")
+    add("--out", default="edu_fineweb10B", help="folder to write to (%(default)s)")
+    add("--shard_size", type=parse_count, default=10**8, help="tokens in a shard (100M)")
+    add("--max_tokens", type=parse_count, help="stop after so many tokens, for example 10M")
+    add("--val_fraction", type=float, default=0.1,
+        help="share of a small corpus, or of --max_tokens, that becomes val (%(default)s)")
+    add("--num_proc", type=int, help="tokenizer threads (all cores)")
+    add("--rank", type=int, default=int(os.environ.get("RANK", 0)),
+        help="which share of the inputs is ours (torchrun sets it)")
+    add("--world_size", type=int, default=int(os.environ.get("WORLD_SIZE", 1)),
+        help="how many processes share the inputs (torchrun sets it)")
+    add("--keep_downloads", action="store_true",
+        help="keep downloaded files in OUT/downloads; else at most two lie there at a time")
+    add("--verify", metavar="DIR", help="check a folder of shards, and do nothing else")
+    add("--stats", metavar="DIR", help="describe a folder of shards, and do nothing else")
     args = parser.parse_args()
+    if not 0 <= args.rank < args.world_size:
+        raise UserError(f"--rank {args.rank} must be from 0 to {args.world_size - 1}")
+    if args.num_proc is not None and args.num_proc < 1:
+        raise UserError(f"--num_proc {args.num_proc} must be at least 1")
     if args.config is None and args.source == ["HuggingFaceFW/fineweb-edu"]:
         args.config = "sample-10BT"
-    meta = prepare(args.source, args.out, args.tokenizer, args.config, args.text_column,
-                   args.shard_size, args.val_fraction)
-    for split, totals in meta["splits"].items():
-        print(f"{split}: {totals['tokens']:,} tokens, {totals['documents']:,} documents, "
-              f"{totals['bytes'] / max(totals['tokens'], 1):.2f} bytes per token")
+    return args
+
+
+def main():
+    args = parse_args()
+    if args.verify or args.stats:
+        return verify(args.verify) if args.verify else print_stats(args.stats)
+    # bpe tokenizers have threads of their own, which several processes share
+    os.environ.setdefault("RAYON_NUM_THREADS", str(args.num_proc or os.cpu_count()))
+    meta = prepare(
+        args.source, args.out, args.tokenizer, args.config, args.split, args.text_column,
+        args.shard_size, args.val_fraction, args.max_tokens, args.rank, args.world_size,
+        args.num_proc, args.keep_downloads)
+    if meta is None:
+        return
+    for split in SPLITS:
+        print(f"{split}: {meta['splits'][split]['tokens']:,} tokens" + describe_totals(meta, split))
+    if meta["rows_skipped"]:
+        print(f"skipped {meta['rows_skipped']} of {meta['rows_read']} rows that held no text")
     print(f"next: python train_gpt2.py --data_dir {args.out}")
 
 

@@ -16,6 +16,7 @@ import os
 import re
 import time
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import get_args
@@ -241,28 +242,19 @@ class DataLoaderLite:
         self.vocab_size = meta["vocab_size"]
         totals = meta.get("splits", {}).get(split, {})  # unknown in build-nanogpt's folders
         self.bytes_per_token = totals["bytes"] / totals["tokens"] if totals.get("bytes") else None
-        self.paths = fineweb.find_shards(data_dir, split)
-        if not self.paths:
+        shards = fineweb.check_shards(data_dir, split)  # mistakes show now, not in a day
+        self.paths = [path for path, _ in shards]
+        if not shards:
             other = "holds no" if Path(data_dir).is_dir() else "does not exist, so there is no"
             raise UserError(f"{data_dir} {other} {split} shard: run python fineweb.py "
                             f"--out {data_dir} (or name another --data_dir)")
         # the last two shards' memory maps (more would pile up in resident memory), and orders
         self._open, self._orders = OrderedDict(), OrderedDict()
-        sequences = []
-        for path in self.paths:
-            tokens = fineweb.open_shard(path)
-            self._check_ids(tokens[:1_000_000], path)  # mismatches show at the start, not in a day
-            sequences.append(max(len(tokens) - 1, 0) // T)
-        self.sequences = np.array(sequences, dtype=np.int64)  # in each shard
+        self.sequences = np.array([max(len(tokens) - 1, 0) // T for _, tokens in shards])
         self.num_sequences = int(self.sequences.sum())
         if self.num_sequences == 0:
             raise UserError(f"the {split} split of {data_dir} has no {T + 1} tokens in a row: "
                             "choose a smaller --T or more text")
-
-    def _check_ids(self, tokens, path):
-        if len(tokens) and tokens.max() >= self.vocab_size:
-            raise UserError(f"{path} has token id {tokens.max()}, but the vocabulary has only "
-                            f"{self.vocab_size} tokens: it is of another tokenizer than meta.json")
 
     def _order(self, epoch, shard):
         """Order of the sequences in a shard; with shard -1, the order of the shards."""
@@ -290,7 +282,7 @@ class DataLoaderLite:
             if len(self._open) > 2:
                 self._open.popitem(last=False)
         tokens = self._open[path][start:start + self.T + 1]
-        self._check_ids(tokens, path)
+        fineweb.check_ids(tokens, self.vocab_size, path)
         return tokens
 
     def rows(self, row_ids):
@@ -303,6 +295,21 @@ class DataLoaderLite:
         """(x, y), (B, T) int64 each: this rank's share of a micro-step."""
         first = (step * self.grad_accum_steps + micro_step) * self.world_size + self.rank
         return self.rows(range(first * self.B, (first + 1) * self.B))
+
+    def batches(self, start_step, device):
+        """Yield the batches of all micro-steps from `start_step` on, reading one ahead."""
+        def read(number):
+            batch = self.batch(*divmod(number, self.grad_accum_steps))
+            # only pinned memory is copied to a GPU while it computes
+            return [t.pin_memory() for t in batch] if device.type == "cuda" else batch
+
+        with ThreadPoolExecutor(1) as pool:
+            numbers = itertools.count(start_step * self.grad_accum_steps)
+            upcoming = pool.submit(read, next(numbers))
+            for number in numbers:
+                x, y = upcoming.result()
+                upcoming = pool.submit(read, number)
+                yield x.to(device, non_blocking=True), y.to(device, non_blocking=True)
 
 
 # -----------------------------------------------------------------------------
@@ -357,14 +364,15 @@ class TrainConfig:
     compile: bool | None = knob(None, "compile the training step (default: on CUDA)")
 
 
-DEMO_DATA = "demo_data"
+DEMO_DATA, DEMO_TOKENIZER = "demo_data", "bpe:1536"
 PRESETS = {
-    # about two minutes on two CPU cores
+    # two to three minutes on two CPU cores. In so short a time many small updates of a shallow
+    # model beat few of a deep one
     "demo": dict(
-        data_dir=DEMO_DATA, n_layer=4, n_head=4, n_embd=128, block_size=64, B=8, T=64,
-        total_batch_size=512, max_steps=2_700, max_lr=3e-3, min_lr=3e-5, warmup_steps=80,
-        beta2=0.99, eval_every=900, val_tokens=10_000_000, hellaswag_every=0, sample_every=0,
-        sample_prompt="", save_every=900, print_every=50, device="cpu", dtype="float32"),
+        data_dir=DEMO_DATA, n_layer=2, n_head=4, n_embd=128, block_size=64, B=8, T=64,
+        total_batch_size=512, max_steps=3_600, max_lr=3e-3, min_lr=3e-5, warmup_steps=100,
+        beta2=0.99, eval_every=1_200, val_tokens=10_000_000, hellaswag_every=0, sample_every=0,
+        sample_prompt="", save_every=1_200, print_every=100, device="cpu", dtype="float32"),
 }
 
 
@@ -699,6 +707,7 @@ def train(config):
             with open(log_file, "a", encoding="utf-8") as file:
                 file.writelines(f"{step} {name} {value:.6g}\n" for name, value in values.items())
 
+    batches = train_loader.batches(start_step, device)
     result = dict.fromkeys(("step", "train_loss", "val_loss", "bits_per_byte", "checkpoint"))
     start_time = time.time()
     # one round more than updates: the last update is saved and evaluated too
@@ -739,7 +748,7 @@ def train(config):
         t0 = time.time()
         loss_accum = torch.zeros((), device=device)
         for micro_step in range(grad_accum_steps):
-            x, y = (t.to(device) for t in train_loader.batch(step, micro_step))
+            x, y = next(batches)
             if ddp:
                 # gradients travel once an update. DDP reads this flag in forward already, so set
                 # it before: set after, every update would lack the first micro-steps' gradients
@@ -776,7 +785,7 @@ def train(config):
 
 DEMO_NEXT = """\
 next: python sample.py --style creative      # more of what it writes
-next: python fineweb.py --source FILE.txt --tokenizer bpe:2048 --out my_data && \
+next: python fineweb.py --source FILE.txt --tokenizer bpe:1536 --out my_data && \
 python train_gpt2.py --preset demo --data_dir my_data      # learn your own text
 next: python fineweb.py && torchrun --nproc_per_node=8 train_gpt2.py      # the real GPT-2 124M"""
 
@@ -786,7 +795,7 @@ def main():
     master_process = os.environ.get("RANK", "0") == "0"
     if preset == "demo" and config.data_dir == DEMO_DATA and master_process:
         # under torchrun the other ranks wait for this one where they join the process group
-        fineweb.prepare(["builtin"], DEMO_DATA, "bpe:2048")
+        fineweb.prepare(["builtin"], DEMO_DATA, DEMO_TOKENIZER)
     result = train(config)
     if dist.is_initialized():
         dist.destroy_process_group()

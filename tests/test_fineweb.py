@@ -13,7 +13,9 @@ import pytest
 from conftest import ROOT, run_script, small_text
 
 import fineweb
-from fineweb import Tokenizer, UserError, prepare, train_bpe
+import sources
+from fineweb import Tokenizer, UserError, prepare
+from tokenizer import train_bpe
 
 STRANGE = ["", "a", " ", "\r\n \n\n\t x", "héllo wörld", "你好，世界。红楼梦", "😀👩‍👩‍👧",
            "\u0000\x7f", "<|endoftext|> is text <|endoftext|>", "  def f(x):\n    return x\n",
@@ -36,6 +38,14 @@ def split_text(folder, split):
     tokens = split_tokens(folder, split)
     starts = np.flatnonzero(tokens == tokenizer.eot)
     return [tokenizer.decode_bytes(part[1:]).decode() for part in np.split(tokens, starts)[1:]]
+
+
+def read_all(names):
+    """(text, starts_document) over some local sources."""
+    inputs = sources.list_inputs(map(str, names), None, "train")
+    everything = range(len(inputs))
+    read = sources.read_inputs(inputs, everything, "text", sources.Tally(), None, False, True)
+    return [(text, starts) for _, _, text, starts in read]
 
 
 # tokenizers
@@ -103,7 +113,7 @@ def test_small_corpus_is_split_by_text(text_file, data_dir):
             "tokens": len(tokens), "documents": 1, "bytes": len(parts[0].encode())}
     # the tokenizer has seen the train part only
     tokenizer = fineweb.load_data_tokenizer(data_dir)
-    assert tokenizer.tokenizer_json == train_bpe(train, 300).tokenizer_json
+    assert tokenizer.model == train_bpe(train, 300).model
 
 
 def test_no_line_end_to_cut_at(tmp_path):
@@ -133,7 +143,7 @@ def test_all_readers_give_the_same_documents(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"text": texts, "n": [1] * len(texts)}),
                                 folder / "c.parquet")
     (folder / "ignored.md").write_text("x")
-    read = [text for text, starts in fineweb.iterate_source([folder]) if starts]
+    read = [text for text, starts in read_all([folder]) if starts]
     assert read == texts * 3
     prepare([folder], tmp_path / "out", "bpe:300", val_fraction=0.3)
     documents = split_text(tmp_path / "out", "train") + split_text(tmp_path / "out", "val")
@@ -142,15 +152,15 @@ def test_all_readers_give_the_same_documents(tmp_path):
 
 def test_half_a_surrogate_pair_becomes_a_question_mark(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "a\\ud83d b"}\n', encoding="utf-8")
-    assert list(fineweb.iterate_source([tmp_path / "a.jsonl"])) == [("a? b", True)]
+    assert list(read_all([tmp_path / "a.jsonl"])) == [("a? b", True)]
 
 
 def test_long_documents_come_in_pieces_that_join(monkeypatch, tmp_path):
-    monkeypatch.setattr(fineweb, "PIECE_CHARS", 100)
+    monkeypatch.setattr(sources, "PIECE_CHARS", 100)
     text = small_text(5000).replace("\n\n", "\r\n")
     (tmp_path / "a.txt").write_bytes(text.encode())
     (tmp_path / "b.jsonl").write_text(json.dumps({"text": "x" * 1234}), encoding="utf-8")
-    pieces = list(fineweb.iterate_source([tmp_path / "a.txt", tmp_path / "b.jsonl"]))
+    pieces = list(read_all([tmp_path / "a.txt", tmp_path / "b.jsonl"]))
     assert [starts for _, starts in pieces].count(True) == 2 and len(pieces) > 30
     assert "".join(piece for piece, _ in pieces) == text + "x" * 1234
 
@@ -158,7 +168,8 @@ def test_long_documents_come_in_pieces_that_join(monkeypatch, tmp_path):
 @pytest.mark.parametrize("name, content, message", [
     ("a.txt", b"", "no text"), ("a.txt", "词".encode("gbk"), "not UTF-8.*iconv"),
     ("a.jsonl", b'{"text": "a"}\n{"txt": "b"}\n', "line 2.*text_column"),
-    ("a.jsonl", b"not json\n", "no UTF-8 JSON"), ("a.jsonl.gz", b"not gzip", "no UTF-8 JSON"),
+    ("a.jsonl", b"not json\n", "1 of 1 rows.*line 1"),
+    ("a.jsonl.gz", b"not gzip", "damaged gzip"),
     ("a.parquet", b"not parquet", "parquet"), ("a.pdf", b"%PDF", "cannot read")])
 def test_bad_sources_are_named_and_write_nothing(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
@@ -169,7 +180,7 @@ def test_bad_sources_are_named_and_write_nothing(tmp_path, name, content, messag
 
 def test_unknown_source():
     with pytest.raises(UserError, match="neither 'builtin'"):
-        list(fineweb.iterate_source(["no such thing"]))
+        list(read_all(["no such thing"]))
 
 
 # large corpora
@@ -193,10 +204,12 @@ def test_large_corpus_fills_shards_of_equal_size(text_file, tmp_path):
     assert sum(meta["splits"][s]["bytes"] for s in ("val", "train")) == len(small_text().encode())
 
 
-def test_large_vocabulary_takes_uint32(monkeypatch, tmp_path, bpe):
-    monkeypatch.setattr(bpe, "vocab_size", 65_536)
-    fineweb.write_shards([("val", "abc", True), ("train", "abc", True)], bpe, tmp_path, 100)
-    assert fineweb.open_shard(tmp_path / "edufineweb_val_000000.npy").dtype == np.uint32
+def test_large_vocabulary_takes_uint32(text_file, monkeypatch, tmp_path, bpe):
+    monkeypatch.setattr(fineweb, "make_tokenizer", lambda spec, sample: bpe)
+    for vocab_size, dtype in ((65_535, np.uint16), (65_536, np.uint32)):
+        monkeypatch.setattr(bpe, "vocab_size", vocab_size)
+        prepare([text_file], tmp_path / str(vocab_size), "bpe:400")
+        assert split_tokens(tmp_path / str(vocab_size), "train").dtype == dtype
 
 
 # the folder
@@ -220,7 +233,7 @@ def test_a_half_done_folder_is_finished(text_file, tmp_path, monkeypatch):
     whole = tmp_path / "whole"
     prepare([text_file], whole, "bpe:300")
     with monkeypatch.context() as patch:
-        patch.setattr(fineweb.ShardWriter, "close", fail)
+        patch.setattr(fineweb.ShardWriter, "flush", fail)
         with pytest.raises(KeyboardInterrupt):
             prepare([text_file], tmp_path / "out", "bpe:300")
     assert not (tmp_path / "out" / "meta.json").exists()
@@ -250,7 +263,7 @@ def test_tokenizer_of_another_folder_is_noticed(text_file, tmp_path):
 
 
 def test_builtin_text_is_real():
-    documents = fineweb.builtin_documents()
+    documents = sources.builtin_documents()
     assert 1_000_000 < sum(map(len, documents)) < 10_000_000
     for words in ("Boolean operations", "Deserialize"):  # language reference, docstrings
         assert any(words in text for text in documents)
@@ -347,6 +360,6 @@ def test_unknown_hub_dataset_costs_one_line(fake_hub, tmp_path):
     done = run_script(ROOT / "fineweb.py", "--source", "me/others",
                       "--tokenizer", "bpe:300", cwd=tmp_path, env=env)
     assert done.returncode == 2
-    assert "error: cannot list the files of me/others" in done.stderr.splitlines()[-1]
+    assert "error: cannot list the files of dataset me/others" in done.stderr.splitlines()[-1]
     assert "HF_ENDPOINT" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "edu_fineweb10B").exists()
