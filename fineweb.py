@@ -40,7 +40,7 @@ FORMAT_VERSION = 1
 SPLITS = ("val", "train")
 SHARD_NAME = re.compile(r"edufineweb_(val|train)_(\d{6})\.npy")
 SAMPLE_BYTES = 100_000_000  # a trained tokenizer learns from at most this much text
-GROUP_CHARS = 1 << 18  # text that a tokenizer thread is handed at once
+GROUP_CHARS = 1 << 16  # text that a tokenizer thread is handed at once
 BYTES_PER_TOKEN = 4  # a rough figure for English, used only to tell small corpora from large ones
 HEAD_TOKENS = 4096  # what the quick checksum of a shard covers
 
@@ -360,13 +360,15 @@ def write_shards(pieces, tokenizer, writer, inputs, num_proc):
     size = sum(item.size for item in inputs)
     compressed = inputs[0].name.endswith((".gz", ".parquet"))
     bytes_per_size = 2.0 if compressed else 1.0  # a guess, until the first file is done
-    progress = tqdm(unit="tok", unit_scale=True, initial=writer.total, total=writer.max_tokens)
+    options = dict(unit="tok", unit_scale=True, initial=writer.total, total=writer.max_tokens)
     file = None
-    for piece, tokens in tokenize(pieces, tokenizer, num_proc):
-        writer.add(piece, tokens)
-        if writer.full:
-            break
-        if piece.file != file or writer.total - progress.n > 500_000:
+    with tqdm(**options) as progress:  # closed before an error is printed
+        for piece, tokens in tokenize(pieces, tokenizer, num_proc):
+            writer.add(piece, tokens)
+            if writer.full:
+                break
+            if piece.file == file and writer.total - progress.n < 500_000:
+                continue
             totals = writer.state["totals"].values()
             n_bytes, documents = (sum(t[key] for t in totals) for key in ("bytes", "documents"))
             if piece.file != file and piece.file > 0:
@@ -376,10 +378,9 @@ def write_shards(pieces, tokenizer, writer, inputs, num_proc):
             file = piece.file
             progress.update(writer.total - progress.n)
             progress.set_postfix_str(f"{documents:,} docs, {Path(inputs[file].name).name}")
-    writer.flush([len(inputs), 0, 0])
-    progress.total = writer.total
-    progress.update(writer.total - progress.n)
-    progress.close()
+        writer.flush([len(inputs), 0, 0])
+        progress.total = writer.total
+        progress.update(writer.total - progress.n)
 
 
 def check_arguments(recipe):

@@ -1,16 +1,13 @@
 """From text to shards: nothing lost, nothing invented, nothing overwritten."""
 
 import gzip
-import http.server
 import json
-import re
-import threading
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import ROOT, run_script, small_text
+from conftest import small_text
 
 import fineweb
 import sources
@@ -277,89 +274,3 @@ def test_real_documents_with_gpt2(real_data, gpt2_tokenizer, tmp_path):
     assert "".join(documents) == "".join(texts)
     assert len(gpt2_tokenizer.encode(texts[0])) == 845
     assert meta["splits"]["train"]["documents"] + meta["splits"]["val"]["documents"] in (133, 134)
-
-
-class FakeHub(http.server.BaseHTTPRequestHandler):
-    """Enough of the hub's protocol for one dataset repository of two parquet files."""
-
-    files = None  # {path in the repository: content}
-    sha = "0123456789abcdef0123456789abcdef01234567"
-
-    def reply(self, body, status=200, **headers):
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(body)))
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    def do_GET(self):
-        path = self.path.split("?")[0]
-        entries = [{"type": "file", "path": p, "size": len(c), "oid": "0" * 40}
-                   for p, c in self.files.items()]
-        if match := re.fullmatch(r"/datasets/me/texts/resolve/[^/]+/(.*)", path):
-            content = self.files.get(match.group(1))
-            if content is None:
-                self.reply(b"", 404, X_Error_Code="EntryNotFound")
-            else:
-                self.reply(content, ETag=f'"{abs(hash(content))}"', X_Repo_Commit=self.sha)
-        elif "/tree/" in path:
-            inside = path.split(self.sha)[-1].split("main")[-1].strip("/")
-            self.reply(json.dumps([e for e in entries if e["path"].startswith(inside)]).encode(),
-                       Content_Type="application/json")
-        elif path.startswith("/api/datasets/me/texts"):
-            self.reply(json.dumps({
-                "id": "me/texts", "sha": self.sha, "private": False, "tags": [], "downloads": 0,
-                "siblings": [{"rfilename": p} for p in self.files]}).encode(),
-                Content_Type="application/json")
-        else:
-            self.reply(b"{}", 404, X_Error_Code="RepoNotFound")
-
-    do_HEAD = do_GET
-
-    def do_POST(self):
-        self.rfile.read(int(self.headers["Content-Length"]))
-        self.reply(json.dumps([{"type": "file", "path": p, "size": len(c), "oid": "0" * 40}
-                               for p, c in self.files.items()]).encode(),
-                   Content_Type="application/json")
-
-    def log_message(self, *args):
-        pass
-
-
-@pytest.fixture
-def fake_hub(tmp_path):
-    files = {}
-    for i in range(2):
-        table = pyarrow.table({"text": [f"document {n} of file {i}\n" * 20 for n in range(30)]})
-        pyarrow.parquet.write_table(table, tmp_path / "part.parquet")
-        files[f"train-0000{i}-of-00002.parquet"] = (tmp_path / "part.parquet").read_bytes()
-    handler = type("Handler", (FakeHub,), {"files": files})
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-
-
-def test_hub_dataset_is_read_file_by_file(fake_hub, tmp_path):
-    env = {"HF_ENDPOINT": fake_hub, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1"}
-    done = run_script(ROOT / "fineweb.py", "--source", "me/texts", "--tokenizer", "bpe:300",
-                      "--out", "out", "--shard_size", 2000, cwd=tmp_path, env=env)
-    assert done.returncode == 0, done.stderr
-    tokens = np.concatenate([split_tokens(tmp_path / "out", s) for s in ("val", "train")])
-    expected = "".join(f"document {n} of file {i}\n" * 20 for i in range(2) for n in range(30))
-    tokenizer = fineweb.load_data_tokenizer(tmp_path / "out")
-    assert tokenizer.decode(tokens[tokens != tokenizer.eot]) == expected
-    left = [p.stat().st_size for p in (tmp_path / "hf").rglob("*") if p.is_file()]
-    assert max(left) < 500  # each parquet file was dropped when it was done
-
-
-def test_unknown_hub_dataset_costs_one_line(fake_hub, tmp_path):
-    env = {"HF_ENDPOINT": fake_hub, "HF_HOME": str(tmp_path / "hf")}
-    done = run_script(ROOT / "fineweb.py", "--source", "me/others",
-                      "--tokenizer", "bpe:300", cwd=tmp_path, env=env)
-    assert done.returncode == 2
-    assert "error: cannot list the files of dataset me/others" in done.stderr.splitlines()[-1]
-    assert "HF_ENDPOINT" in done.stderr and "Traceback" not in done.stderr
-    assert not (tmp_path / "edu_fineweb10B").exists()
