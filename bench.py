@@ -2,6 +2,7 @@
 Every speed this project claims, each beside a peer, measured in one run.
 
     python bench.py data            # text to shards, beside build-nanogpt's way and bare tiktoken
+    python bench.py loader          # reading batches, beside a training step
 
 Machines drift, so contenders take turns and medians are compared: the ratios count, not the times.
 The last line of the output is JSON.
@@ -109,8 +110,57 @@ def bench_data():
     return {"mb": megabytes, "tokens": num_tokens, "seconds": medians}
 
 
+# -----------------------------------------------------------------------------
+# loader
+
+
+def resident_mb():
+    """Resident memory of this process now, in MB (Linux)."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
+
+
+def bench_loader():
+    """Opening a shard of 100M tokens, and a batch beside a training step of GPT-2 124M."""
+    import torch
+
+    from train_gpt2 import GPT, DataLoaderLite, GPTConfig
+    B, T = 4, 128
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        for split, index, size in (("val", 0, 10_000), ("train", 1, 100_000_000)):
+            tokens = np.random.default_rng(0).integers(0, 50_256, size, dtype=np.uint16)
+            np.save(folder / fineweb.shard_name(split, index), tokens)
+        del tokens
+        before = resident_mb()
+        loader = None
+
+        def open_and_read():
+            nonlocal loader
+            loader = DataLoaderLite(folder, "train", B, T)
+            loader.batch(0)
+
+        opening = take_turns({"open": open_and_read})["open"]
+        grown = resident_mb() - before
+        steps = iter(range(1, 1000))
+        torch.manual_seed(0)
+        model = GPT(GPTConfig())
+        optimizer = model.configure_optimizers(0.1, 6e-4)
+
+        def step():
+            _, loss = model(*loader.batch(0))
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        seconds = take_turns({"batch": lambda: loader.batch(next(steps)), "step": step}, 5)
+    share = seconds["batch"] / seconds["step"]
+    print(f"open 100M tokens and read a batch: {1000 * opening:.1f} ms, +{grown:.1f} MB resident")
+    print(f"a batch of {B} x {T}: {1000 * seconds['batch']:.2f} ms, {share:.3%} of a 124M step")
+    return {"open_seconds": opening, "resident_mb": grown, "batch_share_of_step": share}
+
+
 # name on the command line: function that prints a table and returns plain values
-BENCHES = {"data": bench_data}
+BENCHES = {"data": bench_data, "loader": bench_loader}
 
 
 def main():

@@ -263,7 +263,8 @@ class DataLoaderLite:
             return np.arange(n)
         key = (epoch, shard)
         if key not in self._orders:
-            self._orders[key] = np.random.default_rng([self.seed, epoch, shard + 1]).permutation(n)
+            rng = np.random.default_rng([self.seed, epoch, shard + 1])
+            self._orders[key] = rng.permutation(np.arange(n, dtype=np.uint32))
             if len(self._orders) > 4:  # two shards in use, and the order of the shards
                 self._orders.popitem(last=False)
         return self._orders[key]

@@ -382,3 +382,31 @@ def test_chinese_from_text_to_samples(tmp_path, call, capsys):
     assert code == 0 and out.startswith("[Sample 1] 春眠")
     text = out.removeprefix("[Sample 1] ")
     assert len(text) > 15 and set(text) <= set("".join(poems) + "\n")  # no broken characters
+
+
+def test_sentencepiece_tokenizer(tmp_path):
+    pytest.importorskip("sentencepiece")
+    text = "床前明月光，疑是地上霜。举头望明月，低头思故乡。\n" * 50 + small_text(20_000)
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    meta = prepare([tmp_path / "a.txt"], tmp_path / "out", "spm:600")
+    assert (meta["tokenizer"], meta["vocab_size"]) == ("spm:600", 600)
+    tokenizer = fineweb.load_data_tokenizer(tmp_path / "out")
+    for sample_text in ("明月 and 乡\n", "two  spaces\tand\n\nlines", "😀 rare", "<|endoftext|>"):
+        ids = tokenizer.encode(sample_text)
+        assert tokenizer.decode(ids) == sample_text and tokenizer.eot not in ids
+    assert "".join(all_text(tmp_path / "out")[::-1]) == text
+    model = tmp_path / "out" / "tokenizer.spm"
+    assert fineweb.Tokenizer(**tokenizer.state()).encode("明月") == tokenizer.encode("明月")
+    assert model.is_file()
+
+
+def test_a_tokenizer_file_is_used_as_it_is(tmp_path, many_files):
+    trained = train_bpe([small_text()], 350)
+    (tmp_path / "mine.json").write_text(trained.model, encoding="utf-8")
+    meta = prepare([many_files], tmp_path / "out", tmp_path / "mine.json")
+    assert meta["vocab_size"] == 350
+    used = fineweb.load_data_tokenizer(tmp_path / "out")
+    assert used.encode("a test") == trained.encode("a test")
+    (tmp_path / "mine.json").write_text('{"not": "a tokenizer"}')
+    with pytest.raises(UserError, match=r"no tokenizer\.json"):
+        prepare([many_files], tmp_path / "out2", tmp_path / "mine.json")
