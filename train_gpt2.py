@@ -243,13 +243,13 @@ class DataLoaderLite:
         totals = meta.get("splits", {}).get(split, {})  # unknown in build-nanogpt's folders
         self.bytes_per_token = totals["bytes"] / totals["tokens"] if totals.get("bytes") else None
         shards = fineweb.check_shards(data_dir, split)  # mistakes show now, not in a day
-        self.paths = [path for path, _ in shards]
+        # a mapped file would count as resident, page by page: keep where to read instead
+        self.shards = [(path, tokens.dtype, tokens.offset) for path, tokens in shards]
         if not shards:
             other = "holds no" if Path(data_dir).is_dir() else "does not exist, so there is no"
             raise UserError(f"{data_dir} {other} {split} shard: run python fineweb.py "
                             f"--out {data_dir} (or name another --data_dir)")
-        # the last two shards' memory maps (more would pile up in resident memory), and orders
-        self._open, self._orders = OrderedDict(), OrderedDict()
+        self._orders = OrderedDict()  # of the sequences in the shards in use
         self.sequences = np.array([max(len(tokens) - 1, 0) // T for _, tokens in shards])
         self.num_sequences = int(self.sequences.sum())
         if self.num_sequences == 0:
@@ -258,7 +258,7 @@ class DataLoaderLite:
 
     def _order(self, epoch, shard):
         """Order of the sequences in a shard; with shard -1, the order of the shards."""
-        n = len(self.paths) if shard < 0 else self.sequences[shard]
+        n = len(self.shards) if shard < 0 else self.sequences[shard]
         if not self.shuffle:
             return np.arange(n)
         key = (epoch, shard)
@@ -277,12 +277,8 @@ class DataLoaderLite:
         place = int(np.searchsorted(ends, index, side="right"))
         shard = int(shards[place])
         start = int(self._order(epoch, shard)[index - ends[place] + self.sequences[shard]]) * self.T
-        path = self.paths[shard]
-        if path not in self._open:
-            self._open[path] = fineweb.open_shard(path)
-            if len(self._open) > 2:
-                self._open.popitem(last=False)
-        tokens = self._open[path][start:start + self.T + 1]
+        path, dtype, offset = self.shards[shard]
+        tokens = np.fromfile(path, dtype, self.T + 1, offset=offset + start * dtype.itemsize)
         fineweb.check_ids(tokens, self.vocab_size, path)
         return tokens
 
@@ -678,8 +674,8 @@ def train(config):
                                   ddp_world_size, config.seed, config.shuffle, grad_accum_steps)
     val_loader = DataLoaderLite(config.data_dir, "val", config.B, config.T, shuffle=False)
     tokenizer = fineweb.load_data_tokenizer(config.data_dir)
-    print0(f"found {len(train_loader.paths)} shards for split train")
-    print0(f"found {len(val_loader.paths)} shards for split val")
+    print0(f"found {len(train_loader.shards)} shards for split train")
+    print0(f"found {len(val_loader.shards)} shards for split val")
     val_tokens = config.val_tokens or 20 * config.total_batch_size
     if val_tokens >= (all_tokens := val_loader.num_sequences * config.T):
         print0(f"the val split is small: all of its {all_tokens:,} tokens are evaluated")
@@ -747,6 +743,8 @@ def train(config):
         # one update
         synchronize(device)
         t0 = time.time()
+        if step == start_step:
+            first_t0 = t0
         loss_accum = torch.zeros((), device=device)
         for micro_step in range(grad_accum_steps):
             x, y = next(batches)
@@ -775,7 +773,7 @@ def train(config):
         log(step, train=train_loss, lr=lr, norm=norm.item())
         if step % max(config.print_every, 1) == 0 or step == config.max_steps - 1:
             done, left = step + 1 - start_step, config.max_steps - step - 1
-            eta = (time.time() - start_time) / done * left
+            eta = (time.time() - first_t0) / done * left  # later evaluations included
             print0(f"step {step:5d} | loss: {train_loss:.6f} | lr {lr:.4e} | norm: {norm:.4f} | "
                    f"dt: {1000 * dt:.2f}ms | tok/sec: {config.total_batch_size / dt:.2f} | "
                    f"eta {format_seconds(eta)}", flush=True)
