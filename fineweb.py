@@ -542,7 +542,8 @@ def verify(data_dir):
         trouble = verify_shard(Path(data_dir) / name, listed, meta)
         damage += trouble is not None
         print(f"{name}  {listed.get(name, {}).get('tokens', '?'):>12}  {trouble or 'good'}")
-    load_data_tokenizer(data_dir)
+    if "tokenizer_file" in meta:
+        load_data_tokenizer(data_dir)
     if damage:
         raise UserError(f"{damage} of {len(names)} shards of {data_dir} are damaged: make it again")
     print(f"{data_dir} is whole: {len(names)} shards" + ("" if listed else ", without checksums"))
