@@ -449,7 +449,6 @@ def prepare(source, out, tokenizer="gpt2", config=None, split="train", text_colu
     if state is None:
         print(f"{out_dir} is complete")
         return read_meta(out_dir)
-
     # what is wrong with a small source shows while it is measured, before anything is written
     inputs = find_inputs(recipe, state, out_dir)
     corpus = Corpus(inputs, text_column, out_dir / "downloads", prefetch=max_tokens is None)
@@ -497,9 +496,8 @@ def finish(out_dir, tokenizer, recipe, keep_downloads):
         found = [s for state in states for s in state["shards"] if s["split"] == split]
         for index, shard in enumerate(found, first):
             name = shard_name(split, index)
-            if shard["name"] != name:
-                with contextlib.suppress(FileNotFoundError):  # another rank was faster
-                    os.replace(out_dir / shard["name"], out_dir / name)
+            with contextlib.suppress(FileNotFoundError):  # another rank was faster
+                os.replace(out_dir / shard["name"], out_dir / name)  # onto itself, if it is alone
             shards.append({**shard, "name": name})
     # the last input may have been read ahead of max_tokens: count those before it
     rows = [count for state in states for index, count in state["rows"].items()
@@ -639,6 +637,7 @@ def parse_args():
 
 
 def main():
+    """The command line."""
     args = parse_args()
     if args.verify or args.stats:
         return verify(args.verify) if args.verify else print_stats(args.stats)

@@ -215,33 +215,36 @@ def read_file(path, text_column, tally):
 
 def read_txt(path):
     """Yield the pieces of one UTF-8 text file, read as it is but for a leading byte order mark."""
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        starts, rest = True, ""
-        try:
-            while chunk := file.read(PIECE_CHARS):
+    starts, rest = True, ""
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            for chunk in iter(lambda: file.read(PIECE_CHARS), ""):
                 head, newline, rest = (rest + chunk).rpartition("\n")
                 if not newline:  # a line that long is cut anywhere
                     head, rest = rest, ""
                 yield head + newline, starts
                 starts = False
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path} is not UTF-8 text ({error.reason}): convert it, for example "
-                            "with iconv -f GB18030 -t UTF-8") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text ({error.reason}): convert it, for example "
+                        "with iconv -f GB18030 -t UTF-8") from error
     if rest:
         yield rest, starts
 
 
-def read_jsonl(path):
-    """Yield ("line N", row) over a .jsonl or .jsonl.gz file; None for a malformed row."""
+def read_lines(path):
+    """Yield ("line N", bytes) over a .jsonl or .jsonl.gz file."""
     opener = gzip.open if path.suffix == ".gz" else open
     with opener(path, "rb") as file:
         try:
             for number, line in enumerate(file, 1):
-                line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-                if line.strip():
-                    yield f"line {number}", parse_line(line)
+                yield f"line {number}", line.removeprefix(b"\xef\xbb\xbf" if number == 1 else b"")
         except (EOFError, gzip.BadGzipFile) as error:
             raise UserError(f"{path} is a damaged gzip file ({error}): get it again") from error
+
+
+def read_jsonl(path):
+    """Yield ("line N", row) over a .jsonl or .jsonl.gz file; None for a malformed row."""
+    return ((where, parse_line(line)) for where, line in read_lines(path) if line.strip())
 
 
 def parse_line(line):

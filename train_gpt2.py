@@ -13,7 +13,6 @@ import argparse
 import itertools
 import math
 import os
-import re
 import time
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +31,14 @@ import fineweb
 import hellaswag
 import pretrained
 import sample
+from checkpoints import (
+    find_checkpoint,
+    load_checkpoint,
+    load_tokenizer,  # noqa: F401, goes with load_model for the other scripts
+    resolve_checkpoint,
+    save_checkpoint,
+    start_log_dir,
+)
 from devices import autocast, init_distributed, pick_dtype, sum_over_ranks, synchronize
 from fineweb import UserError
 
@@ -72,6 +79,8 @@ MODEL_SHAPES = {
 
 
 class CausalSelfAttention(nn.Module):
+    """Every token gathers from itself and the tokens before it, n_head times in parallel."""
+
     def __init__(self, config, layer):
         super().__init__()
         self.n_head = config.n_head
@@ -100,6 +109,8 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
+    """Every token works on what it gathered, by itself."""
+
     def __init__(self, config):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
@@ -111,6 +122,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """One layer: attention, then MLP, each on a normalised copy of the residual stream."""
+
     def __init__(self, config, layer):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd)
@@ -435,64 +448,7 @@ def get_lr(step, config):
 
 
 # -----------------------------------------------------------------------------
-# checkpoints and log.txt
-
-CHECKPOINT_NAME = re.compile(r"model_(\d+)\.pt")
-
-
-def find_checkpoint(log_dir):
-    """Path of the newest model_{step}.pt in a log folder, or None."""
-    folder = Path(log_dir)
-    found = folder.iterdir() if folder.is_dir() else ()
-    steps = {int(m.group(1)): p for p in found if (m := CHECKPOINT_NAME.fullmatch(p.name))}
-    return steps[max(steps)] if steps else None
-
-
-def save_checkpoint(log_dir, step, raw_model, optimizer, scaler, config, tokenizer):
-    """Write model_{step}.pt, tensors and plain values only; a crash leaves no half file. -> path"""
-    checkpoint = {
-        "step": step,  # updates done
-        "model": raw_model.state_dict(),  # raw: no "module." or "_orig_mod." before the names
-        "model_config": asdict(raw_model.config),
-        "optimizer": optimizer.state_dict(),
-        "scaler": scaler.state_dict(),
-        "config": asdict(config),
-        "tokenizer": tokenizer.state(),
-    }
-    path = Path(log_dir) / f"model_{step:05d}.pt"
-    fineweb.write_atomically(path, lambda file: torch.save(checkpoint, file))
-    return path
-
-
-def load_checkpoint(path):
-    """What save_checkpoint wrote, memory-mapped on the CPU. Raises UserError if it is not that."""
-    try:
-        # weights_only: a checkpoint from a stranger is data, never code to run
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        missing = {"step", "model", "model_config", "tokenizer"} - set(checkpoint)
-    except OSError:
-        raise  # not there, or not readable: says so itself
-    except Exception as error:  # torch raises half a dozen kinds for a file that is not its own
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path} is no checkpoint of train_gpt2.py, or a damaged one: name another "
-                        f"({reason:.100})") from error
-    if missing:
-        raise UserError(f"{path} is no checkpoint of train_gpt2.py (it lacks "
-                        f"{', '.join(sorted(missing))}): name another")
-    return checkpoint
-
-
-def resolve_checkpoint(source):
-    """Path of the checkpoint that `source`, a file or log folder, names; None if it is neither."""
-    path = Path(source)
-    if path.is_file():
-        return path
-    if not path.is_dir() or (path / "config.json").is_file():
-        return None
-    checkpoint = find_checkpoint(path)
-    if checkpoint is None:
-        raise UserError(f"{path} holds neither a checkpoint model_*.pt nor a Hugging Face model")
-    return checkpoint
+# trained models
 
 
 def load_model(source, device="cpu"):
@@ -509,41 +465,6 @@ def load_model(source, device="cpu"):
     return model.to(device)
 
 
-def load_tokenizer(source):
-    """The tokenizer that goes with load_model(source); where none is stored, gpt2's."""
-    path = resolve_checkpoint(source)
-    if path is not None:
-        return fineweb.Tokenizer(**load_checkpoint(path)["tokenizer"])
-    path = pretrained.fetch(source, "tokenizer.json")
-    if path is None:
-        return fineweb.Tokenizer("gpt2")
-    return fineweb.Tokenizer(str(path), path.read_text(encoding="utf-8"))
-
-
-def start_log_dir(log_dir, start_step):
-    """
-    Make log_dir ready and return the path of log.txt. A new run sets an earlier run's files aside
-    in previous_N; a resumed one cuts the lines that it is going to write again.
-    """
-    log_dir = Path(log_dir)
-    log_dir.mkdir(parents=True, exist_ok=True)
-    log_file = log_dir / "log.txt"
-    if start_step > 0:
-        lines = log_file.read_text("utf-8").splitlines(keepends=True) if log_file.exists() else []
-        kept = "".join(line for line in lines if int(line.split()[0]) < start_step)
-        fineweb.write_atomically(log_file, lambda file: file.write(kept.encode("utf-8")))
-        return log_file
-    earlier = [p for p in log_dir.iterdir() if CHECKPOINT_NAME.fullmatch(p.name) or p == log_file]
-    if earlier:
-        aside = next(p for n in itertools.count(1)
-                     if not (p := log_dir / f"previous_{n}").exists())
-        aside.mkdir()
-        for path in earlier:
-            path.rename(aside / path.name)
-        print(f"{log_dir} held an earlier run, now in {aside}")
-    return log_file
-
-
 # -----------------------------------------------------------------------------
 # evaluation, on raw_model: its shapes vary, and a compiled model would compile for each anew
 
@@ -551,7 +472,7 @@ def start_log_dir(log_dir, start_step):
 @torch.inference_mode()
 def evaluate_loss(raw_model, loader, val_tokens, processes, dtype):
     """Mean loss (nats a token) over the first tokens of a split, shared out over all ranks."""
-    num_sequences = max(min(val_tokens // loader.T, loader.num_sequences), 1)
+    num_sequences = max(val_tokens // loader.T, 1)
     rows = range(processes.ddp_rank, num_sequences, processes.ddp_world_size)
     loss_sum = 0.0
     for i in range(0, len(rows), loader.B):
@@ -600,6 +521,22 @@ def print_samples(raw_model, tokenizer, config):
 
 # -----------------------------------------------------------------------------
 # training
+
+
+def open_data(config, processes, grad_accum_steps, print0):
+    """(train_loader, val_loader, val_tokens); says what there is."""
+    train_loader = DataLoaderLite(
+        config.data_dir, "train", config.B, config.T, processes.ddp_rank, processes.ddp_world_size,
+        config.seed, config.shuffle, grad_accum_steps)
+    val_loader = DataLoaderLite(config.data_dir, "val", config.B, config.T, shuffle=False)
+    print0(f"found {len(train_loader.shards)} shards for split train")
+    print0(f"found {len(val_loader.shards)} shards for split val")
+    # the same tokens whatever B and the number of processes, or losses could not be compared
+    val_tokens = config.val_tokens or 20 * config.total_batch_size
+    all_tokens = val_loader.num_sequences * config.T
+    if val_tokens >= all_tokens:
+        print0(f"the val split is small: all of its {all_tokens:,} tokens are evaluated")
+    return train_loader, val_loader, min(val_tokens, all_tokens)
 
 
 def build_model(config, vocab_size):
@@ -657,7 +594,7 @@ def train(config):
     tell their bytes. Raises UserError for what the user can mend, before anything is written.
     """
     processes = init_distributed(config.device)
-    device, ddp_rank, ddp_world_size = processes
+    device, ddp_world_size = processes.device, processes.ddp_world_size
     ddp, master_process = ddp_world_size > 1, processes.master_process
     print0 = print if master_process else lambda *args, **kwargs: None  # only the master talks
     grad_accum_steps = check_config(config, ddp_world_size)
@@ -669,19 +606,11 @@ def train(config):
     print0(f"total desired batch size: {config.total_batch_size}")
     print0(f"=> calculated gradient accumulation steps: {grad_accum_steps}")
 
-    # data
-    train_loader = DataLoaderLite(config.data_dir, "train", config.B, config.T, ddp_rank,
-                                  ddp_world_size, config.seed, config.shuffle, grad_accum_steps)
-    val_loader = DataLoaderLite(config.data_dir, "val", config.B, config.T, shuffle=False)
+    train_loader, val_loader, val_tokens = open_data(config, processes, grad_accum_steps, print0)
     tokenizer = fineweb.load_data_tokenizer(config.data_dir)
-    print0(f"found {len(train_loader.shards)} shards for split train")
-    print0(f"found {len(val_loader.shards)} shards for split val")
-    val_tokens = config.val_tokens or 20 * config.total_batch_size
-    if val_tokens >= (all_tokens := val_loader.num_sequences * config.T):
-        print0(f"the val split is small: all of its {all_tokens:,} tokens are evaluated")
 
-    # model and optimizer. raw_model owns the parameters, is saved, evaluated and sampled; `model`
-    # is the same one wrapped for the training step, whose shapes never change
+    # raw_model owns the parameters, is saved, evaluated and sampled; `model` is the same one
+    # wrapped for the training step, whose shapes never change
     raw_model = build_model(config, tokenizer.vocab_size).to(device)
     optimizer = raw_model.configure_optimizers(
         config.weight_decay, config.max_lr, (0.9, config.beta2), verbose=master_process)
@@ -790,6 +719,7 @@ next: python fineweb.py && torchrun --nproc_per_node=8 train_gpt2.py      # the 
 
 
 def main():
+    """The command line: build the demo's data if it is asked for, train, say what comes next."""
     preset, config = parse_config()
     master_process = os.environ.get("RANK", "0") == "0"
     if preset == "demo" and config.data_dir == DEMO_DATA and master_process:
