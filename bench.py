@@ -10,11 +10,10 @@ The last line of the output is JSON.
 
 import argparse
 import json
+import mmap
 import multiprocessing
 import os
-import resource
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -33,12 +32,6 @@ def take_turns(contenders, rounds=3):
             run()
             seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in seconds.items()}
-
-
-def peak_memory_mb():
-    """The largest resident memory of this process so far, in MB."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 
 
 # -----------------------------------------------------------------------------
@@ -116,7 +109,7 @@ def bench_data():
 
 def resident_mb():
     """Resident memory of this process now, in MB (Linux)."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE / 2**20
 
 
 def bench_loader():
