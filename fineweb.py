@@ -400,7 +400,7 @@ def find_state(out_dir, recipe, state_file):
     """
     known = [p for p in (out_dir / "meta.json", *out_dir.glob("in_progress_*.json")) if p.is_file()]
     for path in known:
-        found = read_json(path)["recipe"]
+        found = read_json(path).get("recipe", {})
         differing = [key for key in recipe if found.get(key) != recipe[key]]
         if differing:
             was = ", ".join(f"{k} {found.get(k)!r}, not {recipe[k]!r}" for k in differing)
@@ -641,6 +641,7 @@ def main():
     args = parse_args()
     if args.verify or args.stats:
         return verify(args.verify) if args.verify else print_stats(args.stats)
+    os.environ["RANK"] = str(args.rank)  # tells temporary files and error lines apart
     # bpe tokenizers have threads of their own, which several processes share
     os.environ.setdefault("RAYON_NUM_THREADS", str(args.num_proc or os.cpu_count()))
     meta = prepare(
