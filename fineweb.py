@@ -641,7 +641,8 @@ def main():
     args = parse_args()
     if args.verify or args.stats:
         return verify(args.verify) if args.verify else print_stats(args.stats)
-    os.environ["RANK"] = str(args.rank)  # tells temporary files and error lines apart
+    if args.world_size > 1:
+        os.environ["RANK"] = str(args.rank)  # tells temporary files and error lines apart
     # bpe tokenizers have threads of their own, which several processes share
     os.environ.setdefault("RAYON_NUM_THREADS", str(args.num_proc or os.cpu_count()))
     meta = prepare(
