@@ -3,24 +3,38 @@ Every speed this project claims, each beside a peer, measured in one run.
 
     python bench.py data            # text to shards, beside build-nanogpt's way and bare tiktoken
     python bench.py loader          # reading batches, beside a training step
+    python bench.py sample          # tokens a second, beside Hugging Face and CTranslate2
 
 Machines drift, so contenders take turns and medians are compared: the ratios count, not the times.
 The last line of the output is JSON.
 """
 
 import argparse
+import functools
+import importlib.util
 import json
 import mmap
 import multiprocessing
 import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import torch
 
 import fineweb
+import sample
+import sources
+import train_gpt2
+from cli import OneLineParser, run_main
+from tokenizer import END_OF_TEXT, train_bpe
+
+ROOT = Path(__file__).resolve().parent
 
 
 def take_turns(contenders, rounds=3):
@@ -40,11 +54,11 @@ def take_turns(contenders, rounds=3):
 
 def real_texts():
     """English documents: FineWeb-EDU's where GPT2_TEST_DATA has some, else the builtin ones."""
-    sample = Path(os.environ.get("GPT2_TEST_DATA", ".")) / "fineweb_edu_sample.jsonl"
-    if sample.is_file():
-        with open(sample, encoding="utf-8") as file:
+    path = Path(os.environ.get("GPT2_TEST_DATA", ".")) / "fineweb_edu_sample.jsonl"
+    if path.is_file():
+        with open(path, encoding="utf-8") as file:
             return [json.loads(line)["text"] for line in file]
-    return fineweb.sources.builtin_documents()
+    return sources.builtin_documents()
 
 
 def start_worker():
@@ -114,9 +128,6 @@ def resident_mb():
 
 def bench_loader():
     """Opening a shard of 100M tokens, and a batch beside a training step of GPT-2 124M."""
-    import torch
-
-    from train_gpt2 import GPT, DataLoaderLite, GPTConfig
     B, T = 4, 128
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
@@ -129,14 +140,14 @@ def bench_loader():
 
         def open_and_read():
             nonlocal loader
-            loader = DataLoaderLite(folder, "train", B, T)
+            loader = train_gpt2.DataLoaderLite(folder, "train", B, T)
             loader.batch(0)
 
         opening = take_turns({"open": open_and_read})["open"]
         grown = resident_mb() - before
         steps = iter(range(1, 1000))
         torch.manual_seed(0)
-        model = GPT(GPTConfig())
+        model = train_gpt2.GPT(train_gpt2.GPTConfig())
         optimizer = model.configure_optimizers(0.1, 6e-4)
 
         def step():
@@ -152,12 +163,125 @@ def bench_loader():
     return {"open_seconds": opening, "resident_mb": grown, "batch_share_of_step": share}
 
 
+# -----------------------------------------------------------------------------
+# sampling: random GPT-2 124M weights, 64 new tokens, top_k 50, on the CPU
+
+NEW_TOKENS = 64
+PROMPT = list(range(100, 108))  # of 8 tokens
+
+
+def save_random_gpt2(folder):
+    """Random GPT-2 124M weights and a small tokenizer, as a Hugging Face folder; -> the model."""
+    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config()).eval()
+    model.save_pretrained(folder)
+    # a small tokenizer, padded with tokens that no text becomes to the size of GPT-2's
+    bpe = json.loads(train_bpe([fineweb.__doc__], 300).model)
+    bpe["model"]["vocab"] |= {f"unused{i}": i for i in range(299, 50256)}
+    bpe["added_tokens"][0]["id"] = 50256
+    path = Path(folder) / "tokenizer.json"
+    path.write_text(json.dumps(bpe), encoding="utf-8")
+    special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
+    PreTrainedTokenizerFast(tokenizer_file=str(path), **special).save_pretrained(folder)
+    return model
+
+
+def our_sampler(folder, dtype):
+    """A function of the number of rows that samples with sample.py."""
+    model = train_gpt2.load_model(folder).to(dtype)
+    sample.pack_linears(model)
+
+    def run(rows):
+        texts = sample.generate(model, PROMPT, 50256, 50257, rows, NEW_TOKENS, top_k=50,
+                                ignore_eot=True)
+        assert [len(text) for text in texts] == [NEW_TOKENS] * rows
+    return run
+
+
+def hf_sampler(model):
+    """The same with Hugging Face's generate."""
+    def run(rows):
+        with torch.inference_mode():
+            texts = model.generate(torch.tensor([PROMPT] * rows), do_sample=True, top_k=50,
+                                   min_new_tokens=NEW_TOKENS, max_new_tokens=NEW_TOKENS,
+                                   attention_mask=torch.ones(rows, len(PROMPT)), pad_token_id=50256)
+        assert texts.shape == (rows, len(PROMPT) + NEW_TOKENS)
+    return run
+
+
+def load_ctranslate2(folder, threads):
+    """In the process of its own that CTranslate2 has: its threads slow down torch's in one."""
+    global generator, vocabulary
+    import ctranslate2
+    out = Path(folder) / "ctranslate2"
+    ctranslate2.converters.TransformersConverter(str(folder)).convert(str(out))
+    generator = ctranslate2.Generator(str(out), intra_threads=threads)
+    vocabulary = json.loads((out / "vocabulary.json").read_text(encoding="utf-8"))
+
+
+def run_ctranslate2(rows):
+    """Sample in that process."""
+    texts = generator.generate_batch(
+        [[vocabulary[i] for i in PROMPT]] * rows, sampling_topk=50, min_length=NEW_TOKENS,
+        max_length=NEW_TOKENS, include_prompt_in_result=False)
+    assert [len(text.sequences_ids[0]) for text in texts] == [NEW_TOKENS] * rows
+
+
+def ctranslate2_sampler(folder):
+    """The same with CTranslate2; None where it is not installed."""
+    if importlib.util.find_spec("ctranslate2") is None:
+        return None
+    pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), load_ctranslate2,
+                               (folder, torch.get_num_threads()))
+    return lambda rows: pool.submit(run_ctranslate2, rows).result()
+
+
+def first_token_command(folder):
+    """{name: command line} that prints one token and leaves: ours and Hugging Face's pipeline."""
+    theirs = ("from transformers import pipeline; "
+              f"print(pipeline('text-generation', {str(folder)!r})('def', max_new_tokens=1))")
+    return {"sample.py": [sys.executable, "sample.py", "--model", str(folder), "--prompt", "def",
+                          "--max_new_tokens", "1", "--num_samples", "1", "--device", "cpu"],
+            "Hugging Face pipeline": [sys.executable, "-c", theirs]}
+
+
+def bench_sample():
+    """Tokens a second at 1, 4 and 16 rows, and seconds from the command to its first token."""
+    with tempfile.TemporaryDirectory() as folder:
+        hf = hf_sampler(save_random_gpt2(folder))
+        ours = our_sampler(folder, torch.float32)
+        samplers = {"Hugging Face": hf, "sample.py": ours,
+                    "sample.py bfloat16": our_sampler(folder, torch.bfloat16),
+                    "CTranslate2": ctranslate2_sampler(folder)}
+        samplers = {name: run for name, run in samplers.items() if run}
+        for run in samplers.values():
+            run(1)  # warms up
+        result = {}
+        for rows in (1, 4, 16):
+            contenders = {name: functools.partial(run, rows) for name, run in samplers.items()
+                          if rows == 1 or "bfloat16" not in name}
+            for name, seconds in take_turns(contenders).items():
+                result[f"{name}, {rows} rows"] = rows * NEW_TOKENS / seconds
+                against = result[f"{name}, {rows} rows"] / result[f"Hugging Face, {rows} rows"]
+                print(f"{rows:3d} rows  {name:20s} {result[f'{name}, {rows} rows']:7.1f} tokens/s"
+                      f"  {against:5.2f} x Hugging Face", flush=True)
+        commands = {name: functools.partial(subprocess.run, command, check=True, cwd=ROOT,
+                                            capture_output=True)
+                    for name, command in first_token_command(folder).items()}
+        for name, seconds in take_turns(commands).items():
+            result[f"first token, {name}, seconds"] = seconds
+            print(f"first token  {name:22s} {seconds:6.2f} s", flush=True)
+    return result
+
+
 # name on the command line: function that prints a table and returns plain values
-BENCHES = {"data": bench_data, "loader": bench_loader}
+BENCHES = {"data": bench_data, "loader": bench_loader, "sample": bench_sample}
 
 
 def main():
-    parser = fineweb.OneLineParser(
+    """The command line."""
+    parser = OneLineParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("which", choices=tuple(BENCHES))
     args = parser.parse_args()
@@ -165,4 +289,4 @@ def main():
 
 
 if __name__ == "__main__":
-    fineweb.run_main(main)
+    run_main(main)

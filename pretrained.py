@@ -4,10 +4,12 @@ train_gpt2.py.
 """
 
 import json
+import math
 import re
 from pathlib import Path
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from fineweb import UserError
 
@@ -15,6 +17,15 @@ from fineweb import UserError
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json",
                 "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+class SkipInit(TorchFunctionMode):
+    """Modules built in this context keep what their memory holds, instead of random numbers."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return None
+        return func(*args, **(kwargs or {}))
 
 
 def fetch(name_or_dir, file_name):
@@ -101,7 +112,12 @@ def read_tensors(path):
     from safetensors import SafetensorError, safe_open
     try:
         with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118, it is no dict
+            sizes = {name: math.prod(file.get_slice(name).get_shape())
+                     for name in file.keys()}  # noqa: SIM118, it is no dict
+        # the file is memory-mapped, and pages once read count as ours until it is closed: so it
+        # is opened anew for each tensor, the largest first, while most of the model is untouched
+        for name in sorted(sizes, key=sizes.get, reverse=True):
+            with safe_open(path, framework="pt") as file:
                 yield name, file.get_tensor(name)
     except SafetensorError as error:
         raise UserError(f"{path} is damaged ({error}): download it again") from error

@@ -226,11 +226,8 @@ class GPT(nn.Module):
     @classmethod
     def empty(cls, config):
         """A GPT whose weights are yet to be filled in: no time lost on random numbers."""
-        with torch.device("meta"):
-            model = cls(config)
-        model = model.to_empty(device="cpu")
-        model.transformer.wte.weight = model.lm_head.weight  # to_empty parts what was tied
-        return model
+        with pretrained.SkipInit():
+            return cls(config)
 
 
 # -----------------------------------------------------------------------------

@@ -1,13 +1,25 @@
 """Sampling: the cache changes nothing, every row is its own, no token comes from nowhere."""
 
+import copy
+import io
+import json
+import os
+import re
+import select
+import subprocess
+import sys
+import time
+
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, run_script
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import sample
 from fineweb import UserError
-from sample import KVCache, generate, pick_token
-from train_gpt2 import GPT, GPTConfig
+from sample import KVCache, TextStream, generate, pack_linears, pick_token
+from train_gpt2 import GPT, GPTConfig, load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -45,10 +57,56 @@ def test_cached_greedy_text_equals_uncached(model):
 def test_prefill_in_chunks_equals_one_piece(model, chunks):
     idx = torch.randint(100, (2, 32))
     whole, _ = model(idx)
-    cache = KVCache(model, 2)
+    cache = KVCache(model, 2, 32)
     parts = [model(part, kv_cache=cache)[0] for part in idx.split(chunks, dim=1)]
     assert cache.length == 32
     assert torch.allclose(torch.cat(parts, dim=1), whole, atol=2e-4)
+
+
+@torch.inference_mode()
+def test_packed_products_equal_plain_ones(model):
+    packed = copy.deepcopy(model)
+    pack_linears(packed)
+    if isinstance(packed.lm_head, torch.nn.Linear):
+        pytest.skip("packed products are for x86 CPUs with oneDNN")
+    for shape in ((1, 1), (1, 32), (4, 1), (16, 20)):
+        idx = torch.randint(100, shape)
+        assert torch.allclose(packed(idx)[0], model(idx)[0], rtol=1e-4, atol=1e-3)
+
+
+def test_half_precision_is_not_packed(model):
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    pack_linears(half)
+    assert isinstance(half.lm_head, torch.nn.Linear)
+    row, = generate(half, [3], 100, 100, max_new_tokens=40)  # and its cache is as narrow
+    assert len(row) == 40
+
+
+@pytest.fixture(scope="module")
+def hf_folder(tmp_path_factory):
+    """A random GPT-2 as Hugging Face saves it, and that model."""
+    torch.manual_seed(1)
+    folder = tmp_path_factory.mktemp("hf")
+    hf = GPT2LMHeadModel(GPT2Config(n_positions=64, vocab_size=101, n_layer=3, n_head=4, n_embd=64,
+                                    eos_token_id=100, initializer_range=0.2)).eval()
+    hf.save_pretrained(folder)
+    return folder, hf
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+@pytest.mark.parametrize("packed", [False, True])
+def test_greedy_text_equals_hugging_face(hf_folder, packed, penalty):
+    folder, hf = hf_folder
+    model = GPT.from_pretrained(folder)
+    if packed:
+        pack_linears(model)
+    theirs = hf.generate(torch.tensor([[5, 17, 3]]), do_sample=False, max_new_tokens=50,
+                         min_new_tokens=50, repetition_penalty=penalty, pad_token_id=100,
+                         attention_mask=torch.ones(1, 3))[0, 3:].tolist()
+    ours, = generate(model, [5, 17, 3], 100, 100, max_new_tokens=50, temperature=0,
+                     repetition_penalty=penalty)
+    assert len(set(ours)) > 5
+    assert ours == theirs
 
 
 def test_text_goes_on_past_the_context(model):
@@ -88,6 +146,30 @@ def test_a_row_ends_at_end_of_text_and_the_others_go_on(model):
     assert rows == [row[:row.index(eot)] if eot in row else row for row in free]
 
 
+def test_rows_that_end_leave_the_others_alone_past_the_context(model):
+    free = generate(model, [7], 100, 100, num_samples=3, max_new_tokens=90)
+    ended = {1: 10, 0: 50}  # row: how many tokens it is allowed
+    calls = []
+
+    def on_token(i, token):
+        calls.append((i, token))
+        return sum(row == i for row, _ in calls) == ended.get(i)
+
+    rows = generate(model, [7], 100, 100, num_samples=3, max_new_tokens=90, on_token=on_token)
+    assert rows == [free[0][:50], free[1][:10], free[2]]
+    assert [[token for row, token in calls if row == i] for i in range(3)] == rows
+
+
+def test_end_of_text_can_be_ignored(model):
+    free = generate(model, [7], 100, 100, max_new_tokens=20)
+    eot = free[0][5]
+    assert generate(model, [7], eot, 100, max_new_tokens=20, ignore_eot=True) == free
+    tokens = []
+    generate(model, [7], eot, 100, max_new_tokens=20,
+             on_token=lambda i, token: tokens.append(token))
+    assert tokens == [*free[0][:free[0].index(eot)], None]
+
+
 def test_ids_past_the_vocabulary_never_come_out(model):
     biased = GPT(model.config)
     with torch.no_grad():
@@ -124,6 +206,28 @@ def test_pick_token_keeps_what_it_should(options, allowed):
     assert {pick_token(logits, generator, **options) for _ in range(300)} == allowed
 
 
+@pytest.mark.parametrize("top_p", [0.3, 0.9, 0.98, 1.0])
+@pytest.mark.parametrize("scale", [0.1, 1, 5])
+def test_top_p_of_all_tokens_equals_sorting_them_all(top_p, scale):
+    logits = scale * rng().standard_normal(5000)
+    order = np.argsort(-logits, kind="stable")
+    cumulative = np.cumsum(np.exp(logits[order]) / np.exp(logits).sum())
+    count = int((cumulative < top_p).sum()) + 1
+    generator, twin = rng(), rng()
+    for _ in range(50):
+        place = np.searchsorted(cumulative, twin.random() * cumulative[:count][-1], side="right")
+        assert pick_token(logits, generator, top_p=top_p) == order[place]
+
+
+def test_repetition_penalty_makes_what_was_seen_less_likely():
+    logits = np.array([2.0, 1.5, -1.0, -1.1])
+    assert pick_token(logits, rng(), 0, repetition_penalty=2, seen=[0, 0]) == 1
+    assert pick_token(logits, rng(), 0, repetition_penalty=20, seen=[0, 1, 2]) == 0
+    assert pick_token(logits - 2.5, rng(), 0, repetition_penalty=5, seen=[0, 1, 2]) == 0
+    assert pick_token(logits - 2.5, rng(), 0, repetition_penalty=9, seen=[0, 1, 2]) == 3
+    assert logits.tolist() == [2.0, 1.5, -1.0, -1.1]  # other samples read them too
+
+
 def test_equal_logits_at_the_edge_of_top_k_keep_k_tokens():
     generator = rng()
     draws = {pick_token(np.zeros(50), generator, top_k=3) for _ in range(200)}
@@ -134,6 +238,40 @@ def test_equal_logits_at_the_edge_of_top_k_keep_k_tokens():
 def test_logits_that_are_no_numbers_are_an_error(bad):
     with pytest.raises(UserError, match="not finite"):
         pick_token(np.array([0.0, bad]), rng())
+
+
+# text
+
+
+@pytest.fixture(scope="module")
+def tokenizer(log_dir):
+    return load_tokenizer(log_dir)
+
+
+def test_stream_shows_whole_characters_only(tokenizer):
+    text = "né 红楼梦 🙂."
+    tokens = tokenizer.encode(text)
+    assert len(tokens) > len(text)  # characters are in pieces
+    stream = TextStream(tokenizer)
+    shown = [stream.feed(token) for token in tokens]
+    assert "".join(shown) == text and "\ufffd" not in text
+    half = TextStream(tokenizer)
+    assert "".join(map(half.feed, tokenizer.encode("红")[:-1])) + half.end("length") == ""
+
+
+@pytest.mark.parametrize("text, stop, expected", [
+    ("one two three", "two", "one "), ("aab", "ab", "a"), ("one two", "x", "one two"),
+    ("a\n\nb", "\n\n", "a"), ("end en", "end.", "end en"), ("红楼梦", "楼梦", "红"),
+    ("stop", "stop", "")])
+def test_stop_text_ends_a_stream_and_is_never_shown(tokenizer, text, stop, expected):
+    stream, shown = TextStream(tokenizer, stop), ""
+    for token in tokenizer.encode(text):
+        shown += stream.feed(token)
+        assert expected.startswith(shown)  # nothing has to be taken back
+        if stream.ended:
+            break
+    assert stream.ended == ("stop" if stop in text else None)
+    assert shown + ("" if stream.ended else stream.end("length")) == expected == stream.text
 
 
 # the script
@@ -159,16 +297,176 @@ def test_style_and_what_overrides_it(call, log_dir):
     assert call(sample, *common, "--style", "focused", *flags)[1] == texts["wild"]
 
 
+def test_many_samples_are_drawn_in_turn(call, log_dir, monkeypatch, tmp_path):
+    common = ("--model", log_dir, "--max_new_tokens", 9, "--num_samples", 5, "--device", "cpu",
+              "--stop", "e", "--out", tmp_path / "out.jsonl")
+    out = call(sample, *common)[1]
+    monkeypatch.setattr(sample, "ROWS_AT_ONCE", 2)
+    assert call(sample, *common) == (0, out, "")
+    results = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text("utf-8").split("\n")
+               if line]
+    assert out == "".join(f"[Sample {r['sample']}] {r['prompt']}{r['text']}\n" for r in results)
+    assert [r["sample"] for r in results] == [1, 2, 3, 4, 5]
+    assert {r["ended_by"] for r in results} == {"stop", "length"}
+    assert not any("e" in r["text"] for r in results)
+
+
+def test_prompt_from_file_and_from_standard_input(call, log_dir, monkeypatch, tmp_path):
+    common = ("--model", log_dir, "--max_new_tokens", 5, "--num_samples", 1, "--device", "cpu")
+    prompt = "«Été» 红楼梦\nзима"
+    expected = call(sample, *common, "--prompt", prompt)
+    assert expected[0] == 0 and expected[1].startswith(f"[Sample 1] {prompt}")
+    for stored in (prompt.encode(), prompt.encode("utf-8-sig") + b"\r\n"):
+        (tmp_path / "prompt.txt").write_bytes(stored)
+        assert call(sample, *common, "--prompt_file", tmp_path / "prompt.txt") == expected
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stored), encoding="ascii"))
+        assert call(sample, *common, "--prompt", "-") == expected
+    (tmp_path / "prompt.txt").write_bytes("é".encode("latin-1"))
+    code, out, err = call(sample, *common, "--prompt_file", tmp_path / "prompt.txt")
+    assert (code, out) == (2, "") and "not UTF-8" in err and err.count("\n") == 1
+
+
+def test_greedy_is_temperature_0(call, log_dir):
+    common = ("--model", log_dir, "--max_new_tokens", 30, "--num_samples", 1, "--device", "cpu")
+    greedy = call(sample, *common, "--greedy")
+    assert greedy == call(sample, *common, "--temperature", 0, "--seed", 7)
+    assert greedy != call(sample, *common)
+
+
 def test_default_model_is_the_newest_run(call, log_dir, monkeypatch, tmp_path):
+    monkeypatch.delenv("GPT2_MODEL", raising=False)
     monkeypatch.chdir(log_dir.parent)
     assert sample.default_model() == "log"
     monkeypatch.chdir(tmp_path)
     assert sample.default_model() == "gpt2"
+    monkeypatch.setenv("GPT2_MODEL", "distilgpt2")
+    assert sample.default_model() == "distilgpt2"
 
 
 @pytest.mark.parametrize("flags", [
     ("--temperature", "-1"), ("--top_k", "-1"), ("--top_p", "1.5"), ("--top_p", "nan"),
-    ("--max_new_tokens", "0"), ("--num_samples", "0"), ("--style", "loud"), ("--device", "tpu")])
+    ("--max_new_tokens", "0"), ("--num_samples", "0"), ("--style", "loud"), ("--device", "tpu"),
+    ("--top_k", "1.5"), ("--repetition_penalty", "0"), ("--seed", "-1"), ("--dtype", "int3"),
+    ("--compile", "--device=cpu"), ("--interactive", "--prompt=x"),
+    ("--prompt_file", "none.txt", "--prompt", "x")])
 def test_bad_flags_cost_one_line(call, log_dir, flags):
     code, out, err = call(sample, "--model", log_dir, *flags)
     assert (code, out) == (2, "") and err.count("\n") == 1 and flags[0].strip("-") in err
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(call, hf_folder, tokenizer, tmp_path):
+    _, hf = hf_folder
+    hf.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(tokenizer.model, encoding="utf-8")
+    code, out, err = call(sample, "--model", tmp_path, "--device", "cpu")
+    assert (code, out) == (2, "") and "101 tokens, its tokenizer 300" in err
+
+
+def test_safe_mode_restarts_with_one_thread(log_dir):
+    script = ("import os, sample, torch; sample.main(); "
+              "print(os.environ['OMP_NUM_THREADS'], os.environ['MKL_NUM_THREADS'], "
+              "torch.get_num_threads(), torch.backends.mkldnn.enabled, os.environ['PYTORCH_JIT'])")
+    result = run_script("-c", script, "--safe", "--model", log_dir, "--max_new_tokens", 5,
+                        "--num_samples", 1, cwd=ROOT, env={"OMP_NUM_THREADS": "2"})
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.startswith("[Sample 1] Hello")
+    assert result.stdout.endswith("\n1 1 1 False 0\n")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of memory from /proc")
+def test_loading_needs_little_more_memory_than_the_weights(tmp_path):
+    GPT2LMHeadModel(GPT2Config(n_embd=512, n_layer=8, n_head=8)).save_pretrained(tmp_path)
+    script = f"""
+import re, safetensors.torch, train_gpt2
+def peak():
+    return 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read()).group(1))
+before = peak()
+model = train_gpt2.load_model({str(tmp_path)!r})
+print((peak() - before) / sum(p.numel() * p.itemsize for p in model.parameters()))"""
+    result = run_script("-c", script, cwd=ROOT)
+    assert result.stderr == ""
+    assert 0.9 < float(result.stdout) < 1.3
+
+
+# interactive
+
+
+def test_session_commands(model, tokenizer, log_dir, monkeypatch, capsys):
+    lines = ["/help", "/set temperature 0", "/style wild", "/set top_p 3", "/dance", "/seed x",
+             "/set max_new_tokens 7", "The king", "", "/reset", "The king"]
+    monkeypatch.setattr("builtins.input", lambda prompt: lines.pop(0) if lines else exec_eof())
+
+    def exec_eof():
+        raise EOFError
+
+    monkeypatch.setattr(sys, "argv", ["sample.py", "--interactive", "--model", str(log_dir),
+                                      "--device", "cpu"])
+    sample.main()
+    out = capsys.readouterr().out
+    assert sample.HELP in out and "temperature 1.2, top_k 0, top_p 0.98" in out
+    assert "temperature 0.0, top_k 100, top_p 0.95" in out
+    assert "top_p 3: it must be a number from 0 to 1" in out
+    assert "seed x: it must be a whole number" in out and "/dance" in out
+    first, second, third, _ = re.split(r"\n\(7 tokens, [\d.]+ tokens/s\)\n", out)
+    answer = third.removeprefix("the text starts anew\n")  # so does the seed: the same answer
+    assert answer and first.endswith("max_new_tokens 7\n" + answer) and second != answer
+
+
+class Terminal:
+    """A program that runs in a pseudo-terminal: what a person would type and see."""
+
+    def __init__(self, *args):
+        import pty
+        self.fd, child = pty.openpty()
+        self.process = subprocess.Popen(
+            [sys.executable, *map(str, args)], cwd=ROOT, stdin=child, stdout=child, stderr=child,
+            start_new_session=True, env={**os.environ, "TERM": "xterm", "PYTHONUTF8": "1"},
+            preexec_fn=self._control)
+        os.close(child)
+
+    @staticmethod
+    def _control():
+        import fcntl
+        import termios
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # so that Ctrl-C becomes a signal
+
+    def type(self, text):
+        os.write(self.fd, text.encode())
+
+    def until(self, pattern):
+        """What is printed up to a regular expression, as text."""
+        seen, deadline = b"", time.monotonic() + 30
+        while not re.search(pattern, seen.decode(errors="ignore"), re.DOTALL):
+            assert time.monotonic() < deadline, f"no {pattern!r} in {seen!r}"
+            if select.select([self.fd], [], [], 0.2)[0]:
+                seen += os.read(self.fd, 4096)
+        return seen.decode()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals in Python")
+def test_interactive_session_in_a_terminal(log_dir):
+    terminal = Terminal("sample.py", "--interactive", "--model", log_dir, "--device", "cpu",
+                        "--max_new_tokens", 8, "--ignore_eot")
+    terminal.until("/help.*> ")
+    terminal.type("Thx\x7fe 红\r")  # a typing error, mended
+    answer = terminal.until(r"\(8 tokens, [\d.]+ tokens/s\).*> ")
+    assert "红" in answer
+    terminal.type("/set max_new_tokens 1000000\r")
+    terminal.until("max_new_tokens 1000000.*> ")
+    terminal.type("on and on\r")
+    terminal.until("on and on\r\n.+")
+    time.sleep(0.3)
+    terminal.type("\x03")  # Ctrl-C stops the answer
+    count = re.search(r"\((\d+) tokens", terminal.until(r"tokens/s\).*> ")).group(1)
+    assert 0 < int(count) < 1_000_000
+    terminal.type("not sent")
+    terminal.until("not sent")
+    terminal.type("\x03")  # and at the prompt drops the line
+    terminal.until("> ")
+    terminal.type("/seed 7\r")
+    terminal.until("seed 7\r\n.*> ")
+    terminal.type("\x1b[A\r")  # arrow up brings the last line back
+    assert "seed 7" in terminal.until("seed 7\r\n.*seed 7\r\n.*> ")
+    terminal.type("\x04")  # Ctrl-D leaves
+    assert terminal.process.wait(timeout=30) == 0
+    os.close(terminal.fd)
