@@ -3,6 +3,7 @@ Every speed this project claims, each beside a peer, measured in one run.
 
     python bench.py data            # text to shards, beside build-nanogpt's way and bare tiktoken
     python bench.py loader          # reading batches, beside a training step
+    python bench.py hellaswag       # examples a second, beside scoring them one by one
     python bench.py sample          # tokens a second, beside Hugging Face and CTranslate2
 
 Machines drift, so contenders take turns and medians are compared: the ratios count, not the times.
@@ -28,11 +29,12 @@ import numpy as np
 import torch
 
 import fineweb
+import hellaswag
 import sample
 import sources
 import train_gpt2
 from cli import OneLineParser, run_main
-from tokenizer import END_OF_TEXT, train_bpe
+from tokenizer import END_OF_TEXT, Tokenizer, train_bpe
 
 ROOT = Path(__file__).resolve().parent
 
@@ -275,8 +277,51 @@ def bench_sample():
     return result
 
 
+# -----------------------------------------------------------------------------
+# HellaSwag
+
+
+def bench_hellaswag():
+    """HellaSwag with an untrained GPT-2 124M on the CPU, beside scoring one example at a time."""
+    from tests.one_by_one import score_one_by_one
+    folder = os.environ.get("GPT2_TEST_DATA")
+    path = Path(folder) / "hellaswag_val_402.jsonl" if folder else hellaswag.download()
+    examples, tokenizer = list(hellaswag.iterate_examples(path)), Tokenizer("gpt2")
+    rendered = hellaswag.render_examples(examples, tokenizer, 1024)
+    examples = [examples[i] for i in sorted(
+        range(len(examples)), key=lambda i: len(rendered[i].rows[0]) + sum(rendered[i].counts[1:]))]
+    # seven lengths, six neighbours of each: as in the whole set, a batch holds equals in length
+    middles = [round((i + 0.5) / 7 * len(examples)) for i in range(7)]
+    torch.manual_seed(0)
+    model = train_gpt2.GPT(train_gpt2.GPTConfig())
+    seconds, differences = {"one by one": 0.0, "now": 0.0}, []
+    for middle in middles:
+        group, sums = examples[middle - 3:middle + 3], {}
+
+        def one_by_one(group=group, sums=sums):
+            sums["a"] = [score_one_by_one(model, tokenizer, e)[0] for e in group]
+
+        def now(group=group, sums=sums):
+            rows = {}
+            hellaswag.evaluate(model, tokenizer, group, "cpu", on_result=rows.__setitem__)
+            sums["b"] = [rows[i]["loss_sums"] for i in range(len(group))]
+
+        for name, median in take_turns({"one by one": one_by_one, "now": now}).items():
+            seconds[name] += median
+        differences.append(np.abs(np.subtract(sums["a"], sums["b"])).max())
+    n = 6 * len(middles)
+    for name, value in seconds.items():
+        print(f"{name:10}  {n / value:5.2f} examples/s, {value / n * 10_042 / 3600:.2f} hours for "
+              f"10,042")
+    ratio = seconds["one by one"] / seconds["now"]
+    print(f"{ratio:.2f} times as fast; summed losses differ by at most {max(differences):.1e}")
+    return {"examples": n, "ratio": ratio, "largest_difference": float(max(differences)),
+            **{f"examples_per_sec, {name}": n / value for name, value in seconds.items()}}
+
+
 # name on the command line: function that prints a table and returns plain values
-BENCHES = {"data": bench_data, "loader": bench_loader, "sample": bench_sample}
+BENCHES = {"data": bench_data, "loader": bench_loader, "hellaswag": bench_hellaswag,
+           "sample": bench_sample}
 
 
 def main():

@@ -220,8 +220,7 @@ def read_txt(path):
         with open(path, encoding="utf-8-sig", newline="") as file:
             for chunk in iter(lambda: file.read(PIECE_CHARS), ""):
                 head, newline, rest = (rest + chunk).rpartition("\n")
-                if not newline:  # a line that long is cut anywhere
-                    head, rest = rest, ""
+                head, rest = (head, rest) if newline else (rest, "")  # long lines: cut anywhere
                 yield head + newline, starts
                 starts = False
     except UnicodeDecodeError as error:

@@ -88,7 +88,7 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # query, key, value at once
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x, kv_cache=None):
+    def forward(self, x, kv_cache=None, mask=None):
         B, T, C = x.size()
         q, k, v = self.c_attn(x).split(C, dim=2)
         # nh heads of size hs = C // nh, each attending by itself
@@ -100,10 +100,10 @@ class CausalSelfAttention(nn.Module):
         S = k.size(2)
         # is_causal aligns query 0 with key 0, which is right only if nothing is cached. One query
         # sees every key; several queries after cached keys need the mask spelled out
-        mask = None
-        if T not in (1, S):
+        if mask is None and T not in (1, S):
             mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)  # (T, S)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=T == S)
+        is_causal = mask is None and T == S
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
         y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side again, (B, T, C)
         return self.c_proj(y)
 
@@ -131,9 +131,9 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x, kv_cache=None):
+    def forward(self, x, kv_cache=None, mask=None):
         # the residual stream x is only ever added to: gradients reach every layer undiminished
-        x = x + self.attn(self.ln_1(x), kv_cache)
+        x = x + self.attn(self.ln_1(x), kv_cache, mask)
         x = x + self.mlp(self.ln_2(x))
         return x
 
@@ -175,22 +175,31 @@ class GPT(nn.Module):
         `last_only`; V is padded_vocab_size. With targets (B, T): (None, loss), the mean
         cross entropy in nats a token.
         """
-        T = idx.size(1)
-        start = 0 if kv_cache is None else kv_cache.length
-        assert start + T <= self.config.block_size, (
-            f"{start + T} tokens do not fit block_size {self.config.block_size}")
-        pos = torch.arange(start, start + T, device=idx.device)  # (T)
-        x = self.transformer.wte(idx) + self.transformer.wpe(pos)  # (B, T, C)
-        for block in self.transformer.h:
-            x = block(x, kv_cache)
-        if kv_cache is not None:
-            kv_cache.length += T
+        x = self.hidden(idx, kv_cache)  # (B, T, C)
         if last_only:
             x = x[:, -1:]  # the vocabulary product is a third of the work: only where needed
-        logits = self.lm_head(self.transformer.ln_f(x))  # (B, T, V)
+        logits = self.lm_head(x)  # (B, T, V)
         if targets is None:
             return logits, None
         return None, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    def hidden(self, idx, kv_cache=None, pos=None, mask=None):
+        """
+        What lm_head turns into logits, (B, T, C). Tokens that are no plain sequence bring their
+        positions `pos` (B, T) and a bool `mask` (B, 1, T, T), True where a query sees a key.
+        """
+        T = idx.size(1)
+        if pos is None:
+            start = 0 if kv_cache is None else kv_cache.length
+            assert start + T <= self.config.block_size, (
+                f"{start + T} tokens do not fit block_size {self.config.block_size}")
+            pos = torch.arange(start, start + T, device=idx.device)  # (T)
+        x = self.transformer.wte(idx) + self.transformer.wpe(pos)  # (B, T, C)
+        for block in self.transformer.h:
+            x = block(x, kv_cache, mask)
+        if kv_cache is not None:
+            kv_cache.length += T
+        return self.transformer.ln_f(x)
 
     def configure_optimizers(self, weight_decay, learning_rate, betas=(0.9, 0.95), verbose=False):
         """AdamW that decays matrices and embeddings, but not biases and LayerNorm weights."""
@@ -500,12 +509,13 @@ def load_hellaswag(config, processes):
 
 
 def evaluate_hellaswag(raw_model, tokenizer, examples, processes, dtype):
-    """(total, num_correct_norm) over all ranks."""
+    """The line to print, and the accuracy, over all ranks."""
+    start = time.time()
     with autocast(processes.device, dtype):
-        counts = hellaswag.evaluate(raw_model, tokenizer, examples, processes.device,
-                                    processes.ddp_rank, processes.ddp_world_size)
-    total, _, num_correct_norm = sum_over_ranks(counts, processes.device)
-    return int(total), int(num_correct_norm)
+        total, _, correct, _ = hellaswag.evaluate(raw_model, tokenizer, examples, *processes)
+    line = (f"HellaSwag accuracy: {correct}/{total}={correct / total:.4f} | standard error "
+            f"{hellaswag.standard_error(correct, total):.4f} | {time.time() - start:.1f}s")
+    return line, correct / total
 
 
 def print_samples(raw_model, tokenizer, config):
@@ -654,10 +664,10 @@ def train(config):
                 line += f" | {result['bits_per_byte']:.4f} bits per byte"
             print0(line)
         if hellaswag_examples and due(config.hellaswag_every, step, config):
-            total, correct = evaluate_hellaswag(
+            line, accuracy = evaluate_hellaswag(
                 raw_model, tokenizer, hellaswag_examples, processes, dtype)
-            print0(f"HellaSwag accuracy: {correct}/{total}={correct / total:.4f}")
-            log(step, hella=correct / total)
+            print0(line)
+            log(step, hella=accuracy)
 
         # once in a while: samples
         if master_process and due(config.sample_every, step, config):

@@ -3,15 +3,20 @@
 import hashlib
 import http.server
 import json
+import re
 import threading
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, read_log, run_script, tiny_config
+from one_by_one import score_one_by_one
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import hellaswag
 from fineweb import UserError
-from train_gpt2 import load_model, load_tokenizer
+from tokenizer import train_bpe
+from train_gpt2 import load_model, load_tokenizer, train
 
 EXAMPLES = [
     {"ind": i, "ctx": f"A man {verb} a {thing}. He", "label": i % 4,
@@ -28,81 +33,303 @@ def examples_file(tmp_path):
     return path
 
 
-@torch.no_grad()
-def plain_losses(model, tokenizer, example):
-    """(sum, count) for each ending, token by token as the definition says."""
-    context = tokenizer.encode(example["ctx"])
-    scores = []
-    for ending in example["endings"]:
-        tokens = context + tokenizer.encode(" " + ending)
-        tokens = tokens[-model.config.block_size:]
-        n = min(len(tokenizer.encode(" " + ending)), len(tokens) - 1)
-        log_probs = model(torch.tensor([tokens]))[0][0, :, :tokenizer.vocab_size].log_softmax(-1)
-        scores.append((-sum(log_probs[i - 1, tokens[i]].item()
-                            for i in range(len(tokens) - n, len(tokens))), n))
-    return scores
+def evaluate(model, tokenizer, examples, **flags):
+    """(Score, results in the order of the examples)."""
+    results = {}
+    score = hellaswag.evaluate(model, tokenizer, examples, "cpu",
+                               on_result=results.__setitem__, **flags)
+    return score, [results[number] for number in sorted(results)]
 
 
-def test_render_example_marks_the_endings(log_dir):
-    tokenizer = load_tokenizer(log_dir)
-    tokens, mask, label = hellaswag.render_example(EXAMPLES[1], tokenizer)
-    assert label == 1 and tokens.shape == mask.shape and tokens.dtype == torch.int64
-    for row, marked, ending in zip(tokens, mask, EXAMPLES[1]["endings"], strict=True):
-        assert tokenizer.decode(row[marked == 1]) == " " + ending
-        context = row[:int(marked.argmax())]
-        assert tokenizer.decode(context) == EXAMPLES[1]["ctx"]
-
-
-def test_scores_are_those_of_the_definition(log_dir):
-    model, tokenizer = load_model(log_dir), load_tokenizer(log_dir)
-    results = []
-    totals = hellaswag.evaluate(model, tokenizer, EXAMPLES, "cpu",
-                                on_result=lambda result, _: results.append(result))
-    correct = correct_norm = truncated = 0
-    for example, result in zip(EXAMPLES, results, strict=True):
-        sums, counts = zip(*plain_losses(model, tokenizer, example), strict=True)
-        assert result["num_tokens"] == list(counts)
+def check_against_one_by_one(model, tokenizer, examples, score, results):
+    """Losses within 1e-3, predictions and counts equal. The model may be another one's twin."""
+    correct = correct_norm = 0
+    for example, result in zip(examples, results, strict=True):
+        sums, counts = score_one_by_one(model, tokenizer, example)
+        assert result["num_tokens"] == counts.tolist()
         assert result["loss_sums"] == pytest.approx(sums, abs=1e-3)
-        correct += int(np.argmin(sums)) == example["label"]
-        correct_norm += int(np.argmin(np.divide(sums, counts))) == example["label"]
-        truncated += len(tokenizer.encode(example["ctx"])) + max(counts) > model.config.block_size
-    assert totals == (6, correct, correct_norm)
-    assert truncated > 0  # contexts that do not fit are among them
+        assert result["pred"] == np.argmin(sums)
+        assert result["pred_norm"] == np.argmin(sums / counts)
+        correct += result["pred"] == int(example["label"])
+        correct_norm += result["pred_norm"] == int(example["label"])
+    assert score[:3] == (len(examples), correct, correct_norm)
+
+
+def sharpened(model):
+    """The same model with larger weights: losses far from uniform, so that mistakes show."""
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(3)
+    return model
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 100, None])
+def test_scores_are_those_of_one_by_one(log_dir, batch_tokens):
+    model, tokenizer = sharpened(load_model(log_dir)), load_tokenizer(log_dir)
+    examples = [*EXAMPLES, EXAMPLES[0] | {"ctx": "", "endings": ["same", "same", "sa", "other"]}]
+    score, results = evaluate(model, tokenizer, examples, batch_tokens=batch_tokens)
+    check_against_one_by_one(model, tokenizer, examples, score, results)
+    assert 0 < score.truncated < 7  # contexts that do not fit are among them
+
+
+def test_a_model_that_only_knows_logits_scores_alike(log_dir, tmp_path):
+    torch.manual_seed(0)
+    tokenizer = load_tokenizer(log_dir)
+    hf = GPT2LMHeadModel(GPT2Config(vocab_size=300, n_positions=48, n_embd=32, n_layer=2, n_head=2,
+                                    initializer_range=0.2)).eval()
+    hf.save_pretrained(tmp_path)
+    model = load_model(tmp_path)
+    score, results = evaluate(hf, tokenizer, EXAMPLES, batch_tokens=500)
+    check_against_one_by_one(model, tokenizer, EXAMPLES, score, results)
+    assert score == evaluate(model, tokenizer, EXAMPLES)[0]
+
+
+def test_a_tree_holds_shared_beginnings_once():
+    rows = [[1, 2, 3, 4], [1, 2, 3, 5, 6], [1, 2, 7], [1, 2, 7]]
+    tree = hellaswag.plant(hellaswag.Rendered(rows, [2, 3, 1, 1], None, False))
+    assert tree.tokens == [1, 2, 3, 5] and tree.parents == [-1, 0, 1, 2]
+    assert tree.depths == [0, 1, 2, 3]
+    assert tree.scored == [(1, 3, 0), (2, 4, 0), (1, 3, 1), (2, 5, 1), (3, 6, 1),
+                           (1, 7, 2), (1, 7, 3)]
+    branches = hellaswag.plant(hellaswag.Rendered([[1, 2, 4], [1, 3, 4]], [1, 1], None, False))
+    idx, pos, mask = hellaswag.stack_trees([branches])
+    assert idx[0].tolist() == [1, 2, 3, 0, 0, 0, 0, 0] and pos[0, :3].tolist() == [0, 1, 1]
+    assert mask[0, 0, :4, :4].tolist() == [  # the branches do not see each other
+        [True, False, False, False], [True, True, False, False],
+        [True, False, True, False], [False, False, False, True]]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4, 7])
 def test_ranks_share_the_examples(log_dir, world_size):
     model, tokenizer = load_model(log_dir), load_tokenizer(log_dir)
-    shares = [hellaswag.evaluate(model, tokenizer, EXAMPLES, "cpu", rank, world_size)
+    shares = [evaluate(model, tokenizer, EXAMPLES, rank=rank, world_size=world_size)
               for rank in range(world_size)]
-    whole = hellaswag.evaluate(model, tokenizer, EXAMPLES, "cpu")
-    assert tuple(map(sum, zip(*shares, strict=True))) == whole and whole[0] == 6
+    whole, _ = evaluate(model, tokenizer, EXAMPLES)
+    assert tuple(map(sum, zip(*(score for score, _ in shares), strict=True))) == whole
+    inds = [result["ind"] for _, results in shares for result in results]
+    assert sorted(inds) == list(range(6))
+
+
+def test_two_processes_score_as_one(log_dir, examples_file, tmp_path):
+    flags = ("--model", log_dir, "--data", examples_file, "--device=cpu", "--limit", 5, "--out")
+    one = run_script(ROOT / "hellaswag.py", *flags, tmp_path / "one.jsonl")
+    two = run_script("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
+                     ROOT / "hellaswag.py", *flags, tmp_path / "two.jsonl")
+    assert one.returncode == 0 and two.returncode == 0, one.stderr + two.stderr
+    assert two.stdout == one.stdout and "/5=" in one.stdout
+    a, b = (read_rows(tmp_path / name) for name in ("one.jsonl", "two.jsonl"))
+    assert [row["ind"] for row in b] == [0, 1, 2, 3, 4]
+    for row, other in zip(a, b, strict=True):
+        assert row.pop("loss_sums") == pytest.approx(other.pop("loss_sums"), abs=1e-4)
+        assert row == other
+
+
+def read_rows(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def test_script(call, log_dir, examples_file, tmp_path):
     code, out, err = call(hellaswag, "--model", log_dir, "--data", examples_file, "--device=cpu",
                           "--out", tmp_path / "out.jsonl", "--limit", 5)
     assert code == 0
-    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    rows = read_rows(tmp_path / "out.jsonl")
     assert [row["ind"] for row in rows] == [0, 1, 2, 3, 4]
     n = sum(row["pred"] == row["label"] for row in rows)
     n_norm = sum(row["pred_norm"] == row["label"] for row in rows)
     assert out.splitlines()[-1] == f"acc: {n}/5={n / 5:.4f} | acc_norm: {n_norm}/5={n_norm / 5:.4f}"
+    se = (hellaswag.standard_error(n, 5), hellaswag.standard_error(n_norm, 5))
+    assert f"standard error: acc {se[0]:.4f}, acc_norm {se[1]:.4f}" in out
     assert "acc_norm" in err  # the progress bar
+
+
+def test_a_folder_with_a_tokenizer_of_its_own(call, tmp_path):
+    tokenizer = train_bpe(["滿紙荒唐言，一把辛酸淚！都云作者痴，誰解其中味？"], 270)
+    GPT2LMHeadModel(GPT2Config(vocab_size=270, n_positions=64, n_embd=32, n_layer=1,
+                               n_head=2)).save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(tokenizer.model, encoding="utf-8")
+    example = {"ctx": "滿紙荒唐言", "endings": ["一把辛酸淚", "作者痴", "味", "紙"], "label": 2}
+    path = tmp_path / "examples.jsonl"
+    path.write_text(json.dumps(example), encoding="utf-8")
+    flags = ("--model", tmp_path, "--data", path, "--device=cpu", "--out", tmp_path / "out.jsonl")
+    code, out, _ = call(hellaswag, *flags)
+    assert code == 0 and "/1=" in out
+    assert read_rows(tmp_path / "out.jsonl")[0]["num_tokens"] == [
+        len(tokenizer.encode(" " + ending)) for ending in example["endings"]]
+    tokenizer = train_bpe(["滿紙荒唐言，一把辛酸淚！"], 280)
+    (tmp_path / "tokenizer.json").write_text(tokenizer.model, encoding="utf-8")
+    code, _, err = call(hellaswag, *flags)
+    assert code == 2 and "280 tokens, the model only 270" in err
+
+
+def test_standard_error_of_the_whole_set():
+    assert hellaswag.standard_error(2967, 10_042) == pytest.approx(0.00455, abs=1e-5)
+
+
+def test_control_c_prints_the_result_so_far(call, log_dir, examples_file, monkeypatch):
+    score_trees, calls = hellaswag.score_trees, []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return score_trees(*args)
+
+    monkeypatch.setattr(hellaswag, "score_trees", interrupted)
+    code, out, err = call(hellaswag, "--model", log_dir, "--data", examples_file, "--device=cpu",
+                          "--batch_tokens", 1)
+    assert code == 130 and "interrupted" in err
+    assert re.match(r"acc: \d/2=", out.splitlines()[-1])
+
+
+def test_a_split_without_labels(call, log_dir, tmp_path):
+    path = tmp_path / "test.jsonl"
+    path.write_text("".join(json.dumps({k: v for k, v in e.items() if k != "label"}) + "\n"
+                            for e in EXAMPLES), encoding="utf-8")
+    flags = ("--model", log_dir, "--data", path, "--device=cpu", "--out", tmp_path / "out.jsonl")
+    code, _, err = call(hellaswag, *flags)
+    assert code == 2 and "line 1 lacks label" in err
+    code, out, _ = call(hellaswag, *flags, "--split", "test")
+    assert code == 0 and out == "6 examples scored, none with a label\n"
+    assert [row["label"] for row in read_rows(tmp_path / "out.jsonl")] == [None] * 6
+
+
+# comparing
+
+
+def write_results(path, preds):
+    path.write_text("".join(json.dumps({"ind": i, "label": 0, "pred": pred, "pred_norm": 0}) + "\n"
+                            for i, pred in enumerate(preds)), encoding="utf-8")
+
+
+def test_compare(call, tmp_path):
+    write_results(tmp_path / "a", [0] * 8 + [1, 1])
+    write_results(tmp_path / "b", [1, 0, 0, 0, 0, 0, 0, 1, 0, 2, 0])
+    code, out, _ = call(hellaswag, "--compare", tmp_path / "a", tmp_path / "b")
+    assert code == 0 and out.splitlines() == [
+        "10 examples in common, of 10 and 11",
+        "acc: 0.8000 and 0.7000 | same prediction: 0.6000 | only the first right: 2, "
+        "only the second: 1 | McNemar's exact p = 1",
+        "acc_norm: 1.0000 and 1.0000 | same prediction: 1.0000 | only the first right: 0, "
+        "only the second: 0 | McNemar's exact p = 1"]
+    (tmp_path / "c").write_text('{"ind": 3}\n')
+    code, _, err = call(hellaswag, "--compare", tmp_path / "a", tmp_path / "c")
+    assert code == 2 and "--out" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("only_a, only_b, p", [
+    (0, 0, 1), (5, 5, 1), (0, 10, 2 / 1024), (9, 1, 22 / 1024), (3000, 2800, 0.00894)])
+def test_mcnemar(only_a, only_b, p):
+    assert hellaswag.mcnemar(only_a, only_b) == pytest.approx(p, rel=1e-2)
+
+
+# the harness's style
+
+# real examples and what lm-eval 0.4.13 makes of them (its task hellaswag, process_docs)
+HARNESS = [  # (example, context, endings)
+    ({"ind": 24, "activity_label": "Roof shingle removal", "ctx_a": "A man is sitting on a roof.",
+      "ctx_b": "he", "ctx": "A man is sitting on a roof. he", "label": 3,
+      "endings": ["is using wrap to wrap a pair of skis.", "is ripping level tiles off.",
+                  "is holding a rubik's cube.", "starts pulling up roofing on a roof."]},
+     "Roof shingle removal: A man is sitting on a roof. He",
+     ["is using wrap to wrap a pair of skis.", "is ripping level tiles off.",
+      "is holding a rubik's cube.", "starts pulling up roofing on a roof."]),
+    ({"ind": 35739, "activity_label": "Family Life", "ctx_b": "", "label": 3,
+      "ctx_a": "[header] How to plan an arab wedding [title] Pick the hall. [step] The reception "
+      "hall is crucial and must be reserved at least six months in advance. When looking for the "
+      "perfect hall, size is the most important factor.",
+      "endings": [
+          "A research group will have recommendations for the ideal hall that the bride and groom "
+          "can agree upon. [substeps] Indication columns will discuss the length of the hall.",
+          "Every table needs to be a fair height and equally spaced throughout. [title] Decide if "
+          "you want to go big or small.",
+          "It should be spacious enough to seat the engaged and distant muslim bride and groom. "
+          "Additionally, there should be enough music for the reception and for all the guests "
+          "you're inviting.",
+          "A hall should be large enough to fit anywhere between 500 to 1 , 500 people. Décor is "
+          "simply extra and not viewed as a main priority."]},
+     "Family Life: How to plan an arab wedding. Pick the hall. The reception hall is crucial and "
+     "must be reserved at least six months in advance. When looking for the perfect hall, size is "
+     "the most important factor.",
+     ["A research group will have recommendations for the ideal hall that the bride and groom can "
+      "agree upon. Indication columns will discuss the length of the hall.",
+      "Every table needs to be a fair height and equally spaced throughout.. Decide if you want "
+      "to go big or small.",
+      "It should be spacious enough to seat the engaged and distant muslim bride and groom. "
+      "Additionally, there should be enough music for the reception and for all the guests you're "
+      "inviting.",
+      "A hall should be large enough to fit anywhere between 500 to 1 , 500 people. Décor is "
+      "simply extra and not viewed as a main priority."]),
+]
+
+
+@pytest.mark.parametrize("example, context, endings", HARNESS)
+def test_harness_texts(example, context, endings):
+    assert hellaswag.harness_texts(example) == (context, endings)
+
+
+def test_harness_style_encodes_together_and_divides_by_characters(log_dir):
+    model, tokenizer = sharpened(load_model(log_dir)), load_tokenizer(log_dir)
+    model.transformer.wpe = torch.nn.Embedding(512, 32)  # room for whole examples
+    model.config.block_size = 512
+    examples = [example for example, _, _ in HARNESS]
+    score, results = evaluate(model, tokenizer, examples, lm_eval_style=True)
+    norm = 0
+    for (example, context, endings), result in zip(HARNESS, results, strict=True):
+        means = []
+        for ending, loss_sum, n in zip(
+                endings, result["loss_sums"], result["num_tokens"], strict=True):
+            whole = tokenizer.encode(f"{context} {ending}")
+            start = len(tokenizer.encode(context))
+            idx = torch.tensor([whole])
+            log_probs = model(idx)[0][0, :, :tokenizer.vocab_size].log_softmax(-1)
+            picked = log_probs[range(start - 1, len(whole) - 1), whole[start:]]
+            assert loss_sum == pytest.approx(-picked.sum().item(), abs=1e-3)
+            assert n == len(whole) - start
+            means.append(loss_sum / len(ending))
+        assert result["pred_norm"] == np.argmin(means)
+        norm += int(np.argmin(means)) == example["label"]
+    assert score.num_correct_norm == norm
+
+
+def test_harness_style_needs_its_fields(call, log_dir, examples_file):
+    code, _, err = call(hellaswag, "--model", log_dir, "--data", examples_file, "--lm_eval_style")
+    assert code == 2 and "line 1 lacks activity_label" in err
+
+
+# real examples, and training
 
 
 def test_real_examples(log_dir, real_data):
     examples = list(hellaswag.iterate_examples(real_data / "hellaswag_val_402.jsonl"))
     assert len(examples) == 402 and examples[0]["ind"] == 24
-    total, _, _ = hellaswag.evaluate(
-        load_model(log_dir), load_tokenizer(log_dir), examples[:20], "cpu")
-    assert total == 20
+    model, tokenizer = sharpened(load_model(log_dir)), load_tokenizer(log_dir)
+    score, results = evaluate(model, tokenizer, examples[::20])
+    check_against_one_by_one(model, tokenizer, examples[::20], score, results)
+
+
+def test_training_does_not_notice(data_dir, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    hellaswag.DATA_FILE.parent.mkdir()
+    hellaswag.DATA_FILE.write_text("".join(json.dumps(e) + "\n" for e in EXAMPLES))
+    train(tiny_config(data_dir, tmp_path / "a"))
+    train(tiny_config(data_dir, tmp_path / "b", hellaswag_every=1))
+    for stream in ("train", "norm"):
+        assert read_log(tmp_path / "a", stream) == read_log(tmp_path / "b", stream)
+    score, _ = evaluate(load_model(tmp_path / "b"), load_tokenizer(tmp_path / "b"), EXAMPLES)
+    accuracy = read_log(tmp_path / "b", "hella")[6]
+    assert accuracy == pytest.approx(score.num_correct_norm / 6, rel=1e-5)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "HellaSwag" in line]
+    assert len(lines) == 7
+    assert re.fullmatch(r"HellaSwag accuracy: \d/6=0\.\d{4} \| standard error 0\.\d{4} "
+                        r"\| \d+\.\ds", lines[-1])
 
 
 @pytest.mark.parametrize("line, message", [
     ("nonsense", "line 7"), ('{"ctx": "a", "label": 0}', "line 7 lacks endings"),
+    ('{"ctx": "a", "endings": ["a", "b", "c", "d"]}', "line 7 lacks label"),
     ('{"ctx": "a", "label": 4, "endings": ["a", "b", "c", "d"]}', "label from 0 to 3"),
-    ('{"ctx": "a", "label": 0, "endings": ["a"]}', "four endings"), ("[1]", "line 7")])
+    ('{"ctx": "a", "label": 0, "endings": ["a"]}', "four endings"), ("[1]", "line 7"),
+    ('{"ctx": 1, "label": 0, "endings": ["a", "b", "c", "d"]}', "lacks texts"), ("5", "line 7")])
 def test_a_bad_line_is_named(examples_file, line, message):
     with open(examples_file, "a", encoding="utf-8") as file:
         file.write(line + "\n")
@@ -133,7 +360,9 @@ def mirror(monkeypatch, tmp_path):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("HELLASWAG_URL", f"http://127.0.0.1:{server.server_port}/val.jsonl")
-    monkeypatch.setattr(hellaswag, "DATA_SHA256", hashlib.sha256(settings["content"]).hexdigest())
+    content = settings["content"]
+    monkeypatch.setitem(hellaswag.OFFICIAL, "val",
+                        (len(content), hashlib.sha256(content).hexdigest()))
     monkeypatch.setattr(hellaswag.time, "sleep", lambda seconds: None)
     monkeypatch.chdir(tmp_path)
     yield settings
@@ -151,7 +380,10 @@ def test_a_mirror_that_stays_down_or_serves_something_else(mirror, monkeypatch, 
     code, _, err = call(hellaswag)
     assert code == 2 and err.count("\n") == 1 and "HELLASWAG_URL" in err
     mirror["failures"] = 0
-    monkeypatch.setattr(hellaswag, "DATA_SHA256", "0" * 64)
+    monkeypatch.setitem(hellaswag.OFFICIAL, "val", (1000, "0" * 64))
+    with pytest.raises(OSError, match="21 of 1000 bytes came"):
+        hellaswag.download()
+    monkeypatch.setitem(hellaswag.OFFICIAL, "val", (10, "0" * 64))
     with pytest.raises(OSError, match="not the official"):
         hellaswag.download()
     assert not hellaswag.DATA_FILE.exists()
