@@ -100,9 +100,11 @@ class CausalSelfAttention(nn.Module):
         S = k.size(2)
         # is_causal aligns query 0 with key 0, which is right only if nothing is cached. One query
         # sees every key; several queries after cached keys need the mask spelled out
-        if mask is None and T not in (1, S):
+        is_causal = False
+        if mask is None and T == S:
+            is_causal = True  # a plain bool: a compiled graph breaks where it depends on a length
+        elif mask is None and T > 1:
             mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)  # (T, S)
-        is_causal = mask is None and T == S
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
         y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side again, (B, T, C)
         return self.c_proj(y)

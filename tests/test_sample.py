@@ -82,6 +82,16 @@ def test_half_precision_is_not_packed(model):
     assert len(row) == 40
 
 
+def test_the_model_compiles_to_whole_graphs_of_any_length(model):
+    plain = generate(model, [1, 2, 3], 100, 100, num_samples=2, max_new_tokens=50)
+    compiled = copy.deepcopy(model)
+    # no C++ compiler needed: it is the tracing that broke, or began anew for every token
+    compiled.forward = torch.compile(compiled.forward, dynamic=True, fullgraph=True,
+                                     backend="eager")
+    with torch._dynamo.config.patch(recompile_limit=3):  # prefill, one token, the window slides
+        assert generate(compiled, [1, 2, 3], 100, 100, num_samples=2, max_new_tokens=50) == plain
+
+
 @pytest.fixture(scope="module")
 def hf_folder(tmp_path_factory):
     """A random GPT-2 as Hugging Face saves it, and that model."""
