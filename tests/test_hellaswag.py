@@ -225,40 +225,17 @@ def test_mcnemar(only_a, only_b, p):
 # the harness's style
 
 # real examples and what lm-eval 0.4.13 makes of them (its task hellaswag, process_docs)
-HARNESS = [  # (example, context, endings)
-    ({"ind": 24, "activity_label": "Roof shingle removal", "ctx_a": "A man is sitting on a roof.",
-      "ctx_b": "he", "ctx": "A man is sitting on a roof. he", "label": 3,
-      "endings": ["is using wrap to wrap a pair of skis.", "is ripping level tiles off.",
-                  "is holding a rubik's cube.", "starts pulling up roofing on a roof."]},
-     "Roof shingle removal: A man is sitting on a roof. He",
-     ["is using wrap to wrap a pair of skis.", "is ripping level tiles off.",
-      "is holding a rubik's cube.", "starts pulling up roofing on a roof."]),
-    ({"ind": 35739, "activity_label": "Family Life", "ctx_b": "", "label": 3,
-      "ctx_a": "[header] How to plan an arab wedding [title] Pick the hall. [step] The reception "
-      "hall is crucial and must be reserved at least six months in advance. When looking for the "
-      "perfect hall, size is the most important factor.",
-      "endings": [
-          "A research group will have recommendations for the ideal hall that the bride and groom "
-          "can agree upon. [substeps] Indication columns will discuss the length of the hall.",
-          "Every table needs to be a fair height and equally spaced throughout. [title] Decide if "
-          "you want to go big or small.",
-          "It should be spacious enough to seat the engaged and distant muslim bride and groom. "
-          "Additionally, there should be enough music for the reception and for all the guests "
-          "you're inviting.",
-          "A hall should be large enough to fit anywhere between 500 to 1 , 500 people. Décor is "
-          "simply extra and not viewed as a main priority."]},
-     "Family Life: How to plan an arab wedding. Pick the hall. The reception hall is crucial and "
-     "must be reserved at least six months in advance. When looking for the perfect hall, size is "
-     "the most important factor.",
-     ["A research group will have recommendations for the ideal hall that the bride and groom can "
-      "agree upon. Indication columns will discuss the length of the hall.",
-      "Every table needs to be a fair height and equally spaced throughout.. Decide if you want "
-      "to go big or small.",
-      "It should be spacious enough to seat the engaged and distant muslim bride and groom. "
-      "Additionally, there should be enough music for the reception and for all the guests you're "
-      "inviting.",
-      "A hall should be large enough to fit anywhere between 500 to 1 , 500 people. Décor is "
-      "simply extra and not viewed as a main priority."]),
+HARNESS = [  # (example, context, endings), made up in the two forms of the official file
+    ({"ind": 1, "activity_label": "Painting a door", "ctx_a": "A woman stands at a door.",
+      "ctx_b": "she", "ctx": "A woman stands at a door. she", "label": 2,
+      "endings": ["eats it.", "swims away from it.", "paints it blue.", "is a door."]},
+     "Painting a door: A woman stands at a door. She",
+     ["eats it.", "swims away from it.", "paints it blue.", "is a door."]),
+    ({"ind": 2, "activity_label": "Home", "ctx_b": "", "label": 0,
+      "ctx_a": "[header] How to bake [title] Heat it. [step] Wait a while.",
+      "endings": ["Look. [substeps] Then eat.", "Go out. [title] Come in.", "Café.", "No."]},
+     "Home: How to bake. Heat it. Wait a while.",
+     ["Look. Then eat.", "Go out.. Come in.", "Café.", "No."]),
 ]
 
 
