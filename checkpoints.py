@@ -1,53 +1,101 @@
 """
-Checkpoints and log.txt: what a run leaves in its log folder, and how it is found again.
+What a run leaves in its log folder, and how it is found again: checkpoints and log.txt.
 
-model_{step}.pt holds tensors and plain values only. It is written under a temporary name and
-renamed, so that a crash leaves no half file.
+model_{step}.pt holds tensors and plain values only: the weights, the optimizer's state, the float16
+loss scale, and what the run is made of. It is written under a temporary name, put on the disk and
+renamed, so that whatever happens leaves no half file.
 """
 
 import itertools
+import os
 import re
+import zipfile
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 import fineweb
 import pretrained
 from cli import UserError
+from devices import on_master
 
 CHECKPOINT_NAME = re.compile(r"model_(\d+)\.pt")
 
 
-def find_checkpoint(log_dir):
-    """Path of the newest model_{step}.pt in a log folder, or None."""
-    folder = Path(log_dir)
-    found = folder.iterdir() if folder.is_dir() else ()
-    steps = {int(m.group(1)): p for p in found if (m := CHECKPOINT_NAME.fullmatch(p.name))}
-    return steps[max(steps)] if steps else None
+# -----------------------------------------------------------------------------
+# writing
 
 
-def save_checkpoint(log_dir, step, raw_model, optimizer, scaler, config, tokenizer):
-    """Write model_{step}.pt, tensors and plain values only; a crash leaves no half file. -> path"""
-    checkpoint = {
-        "step": step,  # updates done
-        "model": raw_model.state_dict(),  # raw: no "module." or "_orig_mod." before the names
-        "model_config": asdict(raw_model.config),
-        "optimizer": optimizer.state_dict(),
-        "scaler": scaler.state_dict(),
-        "config": asdict(config),
-        "tokenizer": tokenizer.state(),
-    }
+def save_checkpoint(log_dir, step, raw_model, optimizer, scaler, extra):
+    """
+    Write model_{step}.pt on the master; every process calls it, since a sharded model has to be
+    gathered. Returns its path on the master, None elsewhere. Raises OSError if it cannot be
+    written; the older checkpoints are not touched then.
+    """
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+    # whole tensors on the CPU of rank 0, named like the parameters of the raw model: no "module."
+    # or "_orig_mod." before them, and no trace of how many processes there were
+    options = StateDictOptions(full_state_dict=True, cpu_offload=dist.is_initialized())
+    model_state, optimizer_state = get_state_dict(raw_model, optimizer, options=options)
+    if dist.is_initialized() and dist.get_rank() > 0:
+        return None
+    checkpoint = {"step": step, "model": model_state, "optimizer": optimizer_state,
+                  "model_config": asdict(raw_model.config), "scaler": scaler.state_dict(), **extra}
     path = Path(log_dir) / f"model_{step:05d}.pt"
-    fineweb.write_atomically(path, lambda file: torch.save(checkpoint, file))
+    try:
+        fineweb.write_atomically(path, lambda file: torch.save(checkpoint, file))
+    except RuntimeError as error:  # torch's writer stumbles over the write that failed
+        raise OSError(error.__context__ or error) from error
     return path
 
 
+def prune_checkpoints(log_dir, keep_last, keep_every):
+    """Delete all but the newest `keep_last` checkpoints and the multiples of `keep_every` steps."""
+    steps = list_checkpoints(log_dir)
+    for step in sorted(steps)[:-keep_last] if keep_last else ():
+        if not keep_every or step % keep_every:
+            steps[step].unlink()
+
+
+# -----------------------------------------------------------------------------
+# reading
+
+
+class PickledConfig:
+    """Stands in for the GPTConfig that build-nanogpt pickles into its checkpoints."""
+
+
+# the names that class may go by; weights_only refuses every other one
+FOREIGN_CONFIGS = [(PickledConfig, f"{module}.GPTConfig")
+                   for module in ("__main__", "train_gpt2", "model")]
+
+
+def list_checkpoints(log_dir):
+    """{step: path} of the model_{step}.pt in a folder."""
+    folder = Path(log_dir)
+    found = folder.iterdir() if folder.is_dir() else ()
+    return {int(m.group(1)): p for p in found if (m := CHECKPOINT_NAME.fullmatch(p.name))}
+
+
+def find_checkpoint(log_dir):
+    """Path of the newest model_{step}.pt in a log folder, or None."""
+    steps = list_checkpoints(log_dir)
+    return steps[max(steps)] if steps else None
+
+
 def load_checkpoint(path):
-    """What save_checkpoint wrote, memory-mapped on the CPU. Raises UserError if it is not that."""
+    """
+    A checkpoint of train_gpt2.py, or of build-nanogpt, memory-mapped on the CPU: a dict with at
+    least step, model, model_config and tokenizer. Raises UserError if it is neither.
+    """
     try:
         # weights_only: a checkpoint from a stranger is data, never code to run
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with torch.serialization.safe_globals(FOREIGN_CONFIGS):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if isinstance(checkpoint.get("config"), PickledConfig):
+            checkpoint = convert_foreign(checkpoint)
         missing = {"step", "model", "model_config", "tokenizer"} - set(checkpoint)
     except OSError:
         raise  # not there, or not readable: says so itself
@@ -59,6 +107,115 @@ def load_checkpoint(path):
         raise UserError(f"{path} is no checkpoint of train_gpt2.py (it lacks "
                         f"{', '.join(sorted(missing))}): name another")
     return checkpoint
+
+
+def convert_foreign(checkpoint):
+    """A checkpoint of build-nanogpt as ours: whatever wrapped the model leaves the names."""
+    weights = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): tensor
+               for name, tensor in checkpoint["model"].items()
+               if not name.endswith((".attn.bias", ".attn.masked_bias"))}  # old causal masks
+    config = vars(checkpoint["config"])
+    rows = len(weights["lm_head.weight"])
+    # it calls the rows of the embedding, 50304, the vocabulary; its tokens are always gpt2's
+    shape = {name: config[name] for name in ("block_size", "n_layer", "n_head", "n_embd")}
+    return {"step": int(checkpoint.get("step", 0)), "model": weights,
+            "model_config": shape | {"vocab_size": min(rows, 50257), "padded_vocab_size": rows},
+            "tokenizer": {"spec": "gpt2", "model": None}}
+
+
+def newest_whole_checkpoint(log_dir):
+    """(path, checkpoint) of the newest one that is not damaged, (None, None) if there is none."""
+    steps = list_checkpoints(log_dir)
+    for step in sorted(steps, reverse=True):
+        try:
+            return steps[step], load_whole_checkpoint(steps[step])
+        except (UserError, OSError) as error:
+            print(f"warning: {error}; taking the one before")
+    return None, None
+
+
+def load_whole_checkpoint(path):
+    """load_checkpoint of one to train on from: all of it is read and compared with its CRCs."""
+    checkpoint = load_checkpoint(path)
+    if "optimizer" not in checkpoint:
+        raise UserError(f"{path} holds no optimizer state, so no run can be resumed from it: "
+                        "start from its weights with --init_from")
+    try:
+        damaged = zipfile.ZipFile(path).testzip()
+    except zipfile.BadZipFile as error:
+        damaged = error
+    if damaged:
+        raise UserError(f"{path} is damaged ({damaged}): name another")
+    return checkpoint
+
+
+def load_state(raw_model, optimizer, checkpoint):
+    """
+    Put a checkpoint's weights and optimizer state in place. Only the master needs to hold the
+    checkpoint: the other processes pass None and get their part from it.
+    """
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        set_model_state_dict,
+        set_optimizer_state_dict,
+    )
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=dist.is_initialized())
+    checkpoint = checkpoint or {"model": {}, "optimizer": {}}
+    set_model_state_dict(raw_model, checkpoint["model"], options=options)
+    set_optimizer_state_dict(raw_model, optimizer, checkpoint["optimizer"], options=options)
+
+
+def check_recipe(checkpoint, model_config, recipe, anyway):
+    """
+    Raise UserError with all that differs between a checkpoint's run and this one. `anyway` lets
+    everything pass but another model.
+    """
+    def differing(saved, ours):
+        return [f"{name} {saved.get(name)}, not {ours[name]}" for name in ours
+                if saved.get(name) != ours[name]]
+
+    other_model = differing(checkpoint["model_config"], asdict(model_config))
+    if other_model:
+        raise UserError(f"the checkpoint is of another model ({'; '.join(other_model)}): give the "
+                        "flags it was trained with, or another --log_dir")
+    others = differing(checkpoint["recipe"], recipe)
+    if others and not anyway:
+        raise UserError(f"the checkpoint is of another run ({'; '.join(others)}): give the flags "
+                        "it was trained with, or --resume_anyway")
+
+
+def resume(config, processes, raw_model, optimizer, scaler, recipe):
+    """
+    Load the checkpoint that `--resume` names into model, optimizer and scaler; returns its step and
+    path, or (0, None) where there is none. The master reads it, and the others get it from there.
+    """
+    checkpoint = None
+
+    def read():
+        nonlocal checkpoint
+        path = config.resume
+        # a restart by torchrun goes on with what the run has saved since
+        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+        if path in (None, "newest") or (restarted and find_checkpoint(config.log_dir)):
+            path, checkpoint = newest_whole_checkpoint(config.log_dir)
+        else:
+            path = resolve_checkpoint(path)
+            if path is None:
+                raise UserError(f"no checkpoint {config.resume} to resume: name a model_*.pt file")
+            checkpoint = load_whole_checkpoint(path)
+        if path is None:
+            return 0, None, None
+        check_recipe(checkpoint, raw_model.config, recipe, config.resume_anyway)
+        if checkpoint["step"] > config.max_steps:
+            raise UserError(f"{path} is at step {checkpoint['step']} already: raise --max_steps")
+        return checkpoint["step"], str(path), checkpoint["scaler"]
+
+    step, path, scaler_state = on_master(processes, read)
+    if path is not None:
+        load_state(raw_model, optimizer, checkpoint)
+        if scaler.is_enabled() and scaler_state:
+            scaler.load_state_dict(scaler_state)
+    return step, path
 
 
 def resolve_checkpoint(source):
@@ -85,25 +242,42 @@ def load_tokenizer(source):
     return fineweb.Tokenizer(str(path), path.read_text(encoding="utf-8"))
 
 
-def start_log_dir(log_dir, start_step):
+# -----------------------------------------------------------------------------
+# the folder
+
+
+def start_log_dir(log_dir, start_step, resumed_from=None):
     """
-    Make log_dir ready and return the path of log.txt. A new run sets an earlier run's files aside
-    in previous_N; a resumed one cuts the lines that it is going to write again.
+    Make log_dir ready for a run from `start_step` on, and return the path of log.txt. Whatever an
+    earlier run left that this one does not continue goes to previous_N; lines of log.txt that a
+    resumed run is going to write again are cut.
     """
     log_dir = Path(log_dir)
     log_dir.mkdir(parents=True, exist_ok=True)
+    for path in log_dir.glob("model_*.tmp"):  # of a run that was killed while it saved
+        path.unlink()
     log_file = log_dir / "log.txt"
-    if start_step > 0:
-        lines = log_file.read_text("utf-8").splitlines(keepends=True) if log_file.exists() else []
-        kept = "".join(line for line in lines if int(line.split()[0]) < start_step)
-        fineweb.write_atomically(log_file, lambda file: file.write(kept.encode("utf-8")))
-        return log_file
-    earlier = [p for p in log_dir.iterdir() if CHECKPOINT_NAME.fullmatch(p.name) or p == log_file]
-    if earlier:
-        aside = next(p for n in itertools.count(1)
-                     if not (p := log_dir / f"previous_{n}").exists())
-        aside.mkdir()
-        for path in earlier:
-            path.rename(aside / path.name)
-        print(f"{log_dir} held an earlier run, now in {aside}")
+    ours = resumed_from is not None and Path(resumed_from).resolve().parent == log_dir.resolve()
+    last = start_step if ours else -1
+    aside = [path for step, path in list_checkpoints(log_dir).items() if step > last]
+    if log_file.exists() and not ours:
+        aside.append(log_file)
+    if aside:
+        folder = next(p for n in itertools.count(1)
+                      if not (p := log_dir / f"previous_{n}").exists())
+        folder.mkdir()
+        for path in aside:
+            path.rename(folder / path.name)
+        print(f"{log_dir} held an earlier run, now in {folder}" if not ours else
+              f"what {log_dir} held past step {start_step} is now in {folder}")
+    if log_file.exists():
+        cut_log(log_file, start_step)
     return log_file
+
+
+def cut_log(log_file, start_step):
+    """Drop the lines of log.txt from a step on, and half a line that a killed run left."""
+    lines = log_file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    kept = [line for line in lines if re.fullmatch(r"\d+ \S+ \S+\n", line)
+            and int(line.split()[0]) < start_step]
+    fineweb.write_atomically(log_file, lambda file: file.write("".join(kept).encode("utf-8")))

@@ -3,14 +3,32 @@ What this machine is: the device, the number type of its matrix products, and th
 torchrun started. One answer for every script.
 """
 
+import gc
 import os
-from contextlib import nullcontext
+import random
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from fineweb import UserError
+
+# how long a process waits for the others before it gives up. A process that dies is noticed at once
+# with gloo, and by torchrun; one that hangs, after this
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+
+
+def set_seed(seed, deterministic=False):
+    """Seed Python, numpy and torch on all devices; `deterministic` excludes kernels that vary."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+        torch.use_deterministic_algorithms(True)
 
 
 def pick_device(name="auto"):
@@ -84,8 +102,11 @@ def init_distributed(device_name):
                             f"{torch.cuda.device_count()}: lower --nproc_per_node")
         device = torch.device("cuda", ddp_local_rank)
         torch.cuda.set_device(device)
-    nccl = device.type == "cuda" and dist.is_nccl_available()
-    dist.init_process_group("nccl" if nccl else "gloo")
+    if device.type == "cuda" and not dist.is_nccl_available() and os.name != "nt":
+        raise UserError("this torch has no NCCL, which GPUs talk through: install a CUDA build of "
+                        "torch, or add --device cpu")
+    backend = "nccl" if device.type == "cuda" and dist.is_nccl_available() else "gloo"
+    dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
     return Processes(device, ddp_rank, ddp_world_size)
 
 
@@ -96,3 +117,42 @@ def sum_over_ranks(values, device):
     total = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(total, op=dist.ReduceOp.SUM)
     return total.tolist()
+
+
+def on_master(processes, function):
+    """
+    Call `function()` on the master only; every process returns its result (plain and small) or
+    raises its UserError or OSError, so that none waits for a master that has given up.
+    """
+    box = [None, None]
+    if processes.master_process:
+        try:
+            box[0] = function()
+        except (UserError, OSError) as error:
+            box[1] = str(error)
+    if dist.is_initialized():
+        dist.broadcast_object_list(box, src=0)
+    if box[1]:
+        raise UserError(box[1])
+    return box[0]
+
+
+def free_cache(device):
+    """Give memory that torch keeps for reuse back to the device: other shapes need other blocks."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()
+
+
+@contextmanager
+def paused_garbage_collection():
+    """No garbage collector in a hot loop: it walks every object there is, at its own times."""
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()

@@ -67,6 +67,15 @@ def read_meta(data_dir):
     return {"tokenizer": "gpt2", "vocab_size": 50257, "eot": 50256}
 
 
+def fingerprint(data_dir):
+    """A short text that differs for folders of other tokens, wherever they lie."""
+    meta = read_meta(data_dir)
+    shards = [(path.name, path.stat().st_size) for split in SPLITS
+              for path in find_shards(data_dir, split)]
+    known = [meta["tokenizer"], meta.get("tokenizer_sha256"), meta.get("shards"), shards]
+    return sha256(json.dumps(known, sort_keys=True).encode("utf-8"))[:16]
+
+
 def load_data_tokenizer(data_dir):
     """The tokenizer that a folder of shards was made with."""
     meta = read_meta(data_dir)

@@ -95,6 +95,26 @@ def iterate_examples(path, fields=("ctx", "endings", "label")):
         raise UserError(f"{path}, line {number} lacks {error.args[0]}") from error
 
 
+def load_evenly_spaced(limit, processes):
+    """
+    Up to `limit` val examples (0: all on CUDA, 200 elsewhere) for evaluation during training, the
+    same ones on every process; none, and a warning, where there is no file to be had.
+    """
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # once on every node
+        try:
+            download()
+        except OSError as error:
+            print(f"warning: training goes on without HellaSwag: {error}")
+    sum_over_ranks([0], processes.device)  # wait for it
+    # everybody or nobody, or processes would part ways
+    if sum_over_ranks([not DATA_FILE.is_file()], processes.device)[0]:
+        return []
+    examples = list(iterate_examples(DATA_FILE))
+    limit = limit or (len(examples) if processes.device.type == "cuda" else 200)
+    stride = max(len(examples) / limit, 1)  # evenly spaced, since the file is sorted by kind
+    return [examples[int(i * stride)] for i in range(min(limit, len(examples)))]
+
+
 def parse_example(line, fields):
     """The example in a line of JSON; raises one of several errors if it is none."""
     example = json.loads(line)

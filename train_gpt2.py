@@ -13,12 +13,13 @@ import argparse
 import itertools
 import math
 import os
+import sys
 import time
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -26,21 +27,38 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.utils.checkpoint import checkpoint as recompute
 
 import fineweb
 import hellaswag
+import machines
+import parallel
 import pretrained
 import sample
 from checkpoints import (
     find_checkpoint,
     load_checkpoint,
     load_tokenizer,  # noqa: F401, goes with load_model for the other scripts
+    prune_checkpoints,
     resolve_checkpoint,
+    resume,
     save_checkpoint,
     start_log_dir,
 )
-from devices import autocast, init_distributed, pick_dtype, sum_over_ranks, synchronize
+from devices import (
+    Processes,
+    autocast,
+    free_cache,
+    init_distributed,
+    on_master,
+    paused_garbage_collection,
+    pick_dtype,
+    set_seed,
+    sum_over_ranks,
+    synchronize,
+)
 from fineweb import UserError
+from signals import Signals
 
 # -----------------------------------------------------------------------------
 # the model
@@ -149,6 +167,7 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        self.grad_checkpoint = False  # whether training recomputes activations to save memory
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.padded_vocab_size, config.n_embd),
             wpe=nn.Embedding(config.block_size, config.n_embd),
@@ -198,7 +217,11 @@ class GPT(nn.Module):
             pos = torch.arange(start, start + T, device=idx.device)  # (T)
         x = self.transformer.wte(idx) + self.transformer.wpe(pos)  # (B, T, C)
         for block in self.transformer.h:
-            x = block(x, kv_cache, mask)
+            if self.grad_checkpoint and torch.is_grad_enabled():
+                # keep the block's input alone, and run it again when backward gets there
+                x = recompute(block, x, kv_cache, mask, use_reentrant=False)
+            else:
+                x = block(x, kv_cache, mask)
         if kv_cache is not None:
             kv_cache.length += T
         return self.transformer.ln_f(x)
@@ -345,7 +368,9 @@ class TrainConfig:
 
     data_dir: str = knob("edu_fineweb10B", "folder of token shards, made by fineweb.py")
     log_dir: str = knob("log", "folder for checkpoints and log.txt")
-    resume: bool = knob(False, "continue from the newest checkpoint in log_dir, if there is one")
+    resume: str | None = knob(None, "continue from this checkpoint, or from the newest one in "
+                              "log_dir, if there is one", nargs="?", const="newest")
+    resume_anyway: bool = knob(False, "with --resume: although the run was another one")
     # model
     model: str = knob("gpt2", "model shape", choices=tuple(MODEL_SHAPES))
     n_layer: int | None = knob(None, "layers, instead of the model's")
@@ -367,6 +392,7 @@ class TrainConfig:
     weight_decay: float = knob(0.1, "AdamW's, on matrices and embeddings")
     beta2: float = knob(0.95, "AdamW's second moment decay")
     grad_clip: float = knob(1.0, "largest gradient norm; 0 does not clip")
+    max_bad_steps: int = knob(5, "updates in a row without a finite loss that end the run")
     # evaluation
     eval_every: int = knob(250, "updates between validation losses; 0: only at the end")
     val_tokens: int = knob(0, "validation tokens; 0: 20 x total_batch_size, 10,485,760 by default")
@@ -374,12 +400,25 @@ class TrainConfig:
     hellaswag_limit: int = knob(0, "HellaSwag examples; 0: all on CUDA, 200 elsewhere")
     sample_every: int = knob(250, "updates between samples; 0: only at the end")
     sample_prompt: str = knob("Hello, I'm a language model,", "what samples start with")
-    save_every: int = knob(5000, "updates between checkpoints; 0: only at the end")
+    save_every: int = knob(1000, "updates between checkpoints; 0: only at the end")
+    keep_last: int = knob(3, "checkpoints to keep, the newest ones; 0: all")
+    keep_every: int = knob(5000, "keep the checkpoints at multiples of this, too; 0: none")
     print_every: int = knob(1, "updates between printed lines; log.txt has them all")
     # machine
     device: str = knob("auto", "auto, cpu, cuda, cuda:N or mps")
     dtype: str = knob("auto", "of autocast", choices=("auto", "float32", "bfloat16", "float16"))
     compile: bool | None = knob(None, "compile the training step (default: on CUDA)")
+    compile_mode: str = knob("default", "how hard the compiler tries",
+                             choices=("default", "reduce-overhead", "max-autotune"))
+    grad_checkpoint: bool = knob(False, "recompute activations: a third slower, far less memory")
+    fsdp: bool = knob(False, "shard weights, gradients and optimizer over the processes")
+    deterministic: bool = knob(False, "only kernels that give the same bits every time")
+    check: bool = knob(False, "print what this machine has and whether the run could start")
+
+
+# what makes a run that run: a checkpoint is resumed only with these as they were
+RECIPE = ("total_batch_size", "T", "seed", "shuffle", "max_steps", "max_lr", "min_lr",
+          "warmup_steps", "weight_decay", "beta2", "grad_clip")
 
 
 DEMO_DATA, DEMO_TOKENIZER = "demo_data", "bpe:1536"
@@ -398,7 +437,8 @@ def parse_config(argv=None):
     """(preset or None, TrainConfig) from the command line; explicit flags win over the preset."""
     parser = fineweb.OneLineParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=tuple(PRESETS), help="values for the other flags")
+    parser.add_argument("--preset", choices=(*PRESETS, "auto", *machines.MACHINES),
+                        help="values for other flags: a run, or what suits a machine")
     for f in fields(TrainConfig):
         # int | None and the like: the type that is not None
         kind = next((t for t in get_args(f.type) if t is not type(None)), f.type)
@@ -408,12 +448,19 @@ def parse_config(argv=None):
             parser.add_argument(f"--no_{f.name}", dest=f.name, action="store_false",
                                 default=f.default, help=argparse.SUPPRESS)
         else:
+            extra = {key: value for key, value in f.metadata.items() if key != "help"}
             parser.add_argument(flag, type=kind, default=f.default, help=f"{help} (%(default)s)",
-                                choices=f.metadata.get("choices"))
+                                **extra)
     preset = parser.parse_known_args(argv)[0].preset
-    parser.set_defaults(**PRESETS.get(preset, {}))
+    if preset in PRESETS:
+        parser.set_defaults(**PRESETS[preset])
+    elif preset:
+        parser.set_defaults(**machines.settings(preset))
     args = vars(parser.parse_args(argv))
-    return args.pop("preset"), TrainConfig(**args)
+    preset, config = args.pop("preset"), TrainConfig(**args)
+    if preset and preset not in PRESETS:
+        config.B = machines.fit_B(config)
+    return preset, config
 
 
 def check_config(config, world_size):
@@ -436,12 +483,10 @@ def check_config(config, world_size):
         raise UserError(f"--total_batch_size {config.total_batch_size} is no multiple of T x "
                         f"processes = {config.T} x {world_size}: the nearest that are: "
                         f"{', '.join(map(str, near))}")
-    legal = [B for B in range(1, sequences + 1) if sequences % B == 0]
-    below = [B for B in legal if B < config.B][-1:]
-    above = [B for B in legal if B > config.B][:1]
+    nearest = machines.divisors_around(config.B, sequences)
     raise UserError(f"B x T x processes = {config.B} x {config.T} x {world_size} does not divide "
                     f"total_batch_size {config.total_batch_size}: the nearest --B that do: "
-                    f"{', '.join(map(str, below + above))}")
+                    f"{', '.join(str(B) for B in nearest if B)}")
 
 
 def get_lr(step, config):
@@ -489,25 +534,6 @@ def evaluate_loss(raw_model, loader, val_tokens, processes, dtype):
             _, loss = raw_model(x, y)
         loss_sum += loss.item() * len(x)
     return sum_over_ranks([loss_sum], processes.device)[0] / num_sequences
-
-
-def load_hellaswag(config, processes):
-    """The HellaSwag examples to score during training; none if off or out of reach."""
-    if not config.hellaswag_every:
-        return []
-    if processes.master_process:
-        try:
-            hellaswag.download()
-        except OSError as error:
-            print(f"warning: training goes on without HellaSwag: {error}")
-    # everybody goes by what the master found, or ranks would part ways
-    found = processes.master_process and hellaswag.DATA_FILE.is_file()
-    if not sum_over_ranks([int(found)], processes.device)[0]:
-        return []
-    examples = list(hellaswag.iterate_examples(hellaswag.DATA_FILE))
-    limit = config.hellaswag_limit or (len(examples) if processes.device.type == "cuda" else 200)
-    stride = max(len(examples) / limit, 1)  # evenly spaced, since the file is sorted by kind
-    return [examples[int(i * stride)] for i in range(min(limit, len(examples)))]
 
 
 def evaluate_hellaswag(raw_model, tokenizer, examples, processes, dtype):
@@ -560,27 +586,14 @@ def build_model(config, vocab_size):
             raise UserError(f"--T {config.T} is longer than the block_size of {config.init_from}, "
                             f"{model.config.block_size}: lower --T")
         return model
+    return GPT(build_shape(config, vocab_size))
+
+
+def build_shape(config, vocab_size=50257):
+    """The GPTConfig of a model from scratch: `--model`'s, with what other flags say."""
     shape = {name: size if getattr(config, name) is None else getattr(config, name)
              for name, size in MODEL_SHAPES[config.model].items()}
-    return GPT(GPTConfig(block_size=config.block_size, vocab_size=vocab_size, **shape))
-
-
-def resume(config, raw_model, optimizer, scaler):
-    """Load the newest checkpoint of log_dir into model and optimizer; returns its step, or 0."""
-    path = find_checkpoint(config.log_dir)
-    if path is None:
-        return 0
-    checkpoint = load_checkpoint(path)
-    saved, ours = checkpoint["model_config"], asdict(raw_model.config)
-    differing = [f"{key} {saved.get(key)}, not {ours[key]}" for key in ours
-                 if saved.get(key) != ours[key]]
-    if differing:
-        raise UserError(f"{path} is of another model ({'; '.join(differing)}): give the flags it "
-                        "was trained with, or another --log_dir")
-    raw_model.load_state_dict(checkpoint["model"])
-    optimizer.load_state_dict(checkpoint["optimizer"])
-    scaler.load_state_dict(checkpoint["scaler"])
-    return checkpoint["step"]
+    return GPTConfig(block_size=config.block_size, vocab_size=vocab_size, **shape)
 
 
 def due(every, step, config):
@@ -596,19 +609,49 @@ def format_seconds(seconds):
     return f"{minutes // 60}h{minutes % 60:02d}m"
 
 
-def train(config):
-    """
-    Train a GPT as `config` says. Returns {"step", "train_loss", "val_loss", "bits_per_byte",
-    "seconds", "checkpoint"}: losses in nats a token, bits_per_byte None where the shards do not
-    tell their bytes. Raises UserError for what the user can mend, before anything is written.
-    """
+@dataclass
+class Run:
+    """What a run is made of, once everything is set up. Only the weights and the step change."""
+
+    config: TrainConfig
+    processes: Processes
+    dtype: torch.dtype  # of autocast
+    grad_accum_steps: int
+    tokenizer: fineweb.Tokenizer
+    train_loader: DataLoaderLite
+    val_loader: DataLoaderLite
+    val_tokens: int
+    hellaswag_examples: list
+    raw_model: GPT  # owns the parameters; is saved, evaluated and sampled
+    model: nn.Module  # the same one, wrapped for the training step, whose shapes never change
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    keep_grads: bool  # CUDA graphs write gradients to the same memory every time
+    recipe: dict[str, Any]
+    start_step: int
+    resumed_from: str | None
+
+    def print0(self, *args):
+        """Print on the master only."""
+        if self.processes.master_process:
+            print(*args, flush=True)
+
+    def log(self, step, **values):
+        """Append lines of "step stream value" to log.txt."""
+        if self.processes.master_process:
+            with open(Path(self.config.log_dir) / "log.txt", "a", encoding="utf-8") as file:
+                file.writelines(f"{step} {name} {value:.6g}\n" for name, value in values.items())
+
+
+def set_up(config):
+    """A Run as `config` says, resumed if it says so; nothing is written yet."""
     processes = init_distributed(config.device)
-    device, ddp_world_size = processes.device, processes.ddp_world_size
-    ddp, master_process = ddp_world_size > 1, processes.master_process
+    device, master_process = processes.device, processes.master_process
     print0 = print if master_process else lambda *args, **kwargs: None  # only the master talks
-    grad_accum_steps = check_config(config, ddp_world_size)
+    grad_accum_steps = check_config(config, processes.ddp_world_size)
     dtype = pick_dtype(config.dtype, device)
-    torch.manual_seed(config.seed)  # the same initial weights on every rank
+    use_compile = parallel.check_combination(config, processes, dtype)
+    set_seed(config.seed, config.deterministic)  # the same initial weights on every process
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32
     print0(f"using device: {device}")
@@ -617,107 +660,187 @@ def train(config):
 
     train_loader, val_loader, val_tokens = open_data(config, processes, grad_accum_steps, print0)
     tokenizer = fineweb.load_data_tokenizer(config.data_dir)
-
-    # raw_model owns the parameters, is saved, evaluated and sampled; `model` is the same one
-    # wrapped for the training step, whose shapes never change
     raw_model = build_model(config, tokenizer.vocab_size).to(device)
+    raw_model.grad_checkpoint = config.grad_checkpoint
+    if config.fsdp:
+        parallel.shard(raw_model)
     optimizer = raw_model.configure_optimizers(
         config.weight_decay, config.max_lr, (0.9, config.beta2), verbose=master_process)
     # float16 gradients underflow unless the loss is scaled up; disabled, the scaler does nothing
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    start_step = 0
-    if config.resume:
-        start_step = resume(config, raw_model, optimizer, scaler)
-        print0(f"resuming {config.log_dir} at step {start_step}" if start_step else
+
+    recipe = {name: getattr(config, name) for name in RECIPE}
+    recipe["data"] = fineweb.fingerprint(config.data_dir)
+    start_step, resumed_from = 0, None
+    if config.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+        start = time.time()
+        start_step, resumed_from = resume(config, processes, raw_model, optimizer, scaler, recipe)
+        print0(f"resuming {resumed_from} at step {start_step}, read in {time.time() - start:.1f}s"
+               if resumed_from else
                f"no checkpoint in {config.log_dir} to resume: starting from scratch")
-    use_compile = device.type == "cuda" if config.compile is None else config.compile
-    model = torch.compile(raw_model) if use_compile else raw_model
-    if ddp:
-        model = DDP(model, device_ids=[device.index] if device.type == "cuda" else None)
-    hellaswag_examples = load_hellaswag(config, processes)
-    log_file = start_log_dir(config.log_dir, start_step) if master_process else None
+    model = parallel.wrap(raw_model, config, processes, use_compile)
+    if use_compile:
+        x, y = (t.to(device) for t in train_loader.batch(start_step))
+        model = parallel.compile_or_fall_back(model, raw_model, x, y, processes, dtype)
+    hellaswag_examples = hellaswag.load_evenly_spaced(
+        config.hellaswag_limit, processes) if config.hellaswag_every else []
+    keep_grads = use_compile and device.type == "cuda" and config.compile_mode != "default"
+    for p in raw_model.parameters() if keep_grads else ():
+        p.grad = torch.zeros_like(p)
+    return Run(config, processes, dtype, grad_accum_steps, tokenizer, train_loader, val_loader,
+               val_tokens, hellaswag_examples, raw_model, model, optimizer, scaler,
+               keep_grads, recipe, start_step, resumed_from)
 
-    def log(step, **values):  # lines of "step stream value", appended
-        if master_process:
-            with open(log_file, "a", encoding="utf-8") as file:
-                file.writelines(f"{step} {name} {value:.6g}\n" for name, value in values.items())
 
-    batches = train_loader.batches(start_step, device)
-    result = dict.fromkeys(("step", "train_loss", "val_loss", "bits_per_byte", "checkpoint"))
-    start_time = time.time()
-    # one round more than updates: the last update is saved and evaluated too
-    for step in range(start_step, config.max_steps + 1):
-        last_step = step == config.max_steps
+def save(run, step):
+    """Write model_{step}.pt and drop old ones. Returns its name; None if it cannot be written."""
+    config, start = run.config, time.time()
+    try:
+        path = save_checkpoint(config.log_dir, step, run.raw_model, run.optimizer, run.scaler, {
+            "config": asdict(config), "tokenizer": run.tokenizer.state(), "recipe": run.recipe})
+        if path is not None:
+            run.print0(f"saved {path} in {time.time() - start:.1f}s")
+            prune_checkpoints(config.log_dir, config.keep_last, config.keep_every)
+    except OSError as error:  # a full disk may have room again by the next time
+        run.print0(f"warning: step {step} is not saved, training goes on, and older checkpoints "
+                   f"stay: {error}")
+        return None
+    return path and str(path)
 
-        # once in a while: save the model (first, since what follows may fail)
-        if master_process and due(config.save_every, step, config) and step not in (0, start_step):
-            result["checkpoint"] = str(save_checkpoint(
-                config.log_dir, step, raw_model, optimizer, scaler, config, tokenizer))
 
-        # once in a while: validation loss and HellaSwag (all ranks share the work)
-        if due(config.eval_every, step, config):
-            val_loss = evaluate_loss(raw_model, val_loader, val_tokens, processes, dtype)
-            result["val_loss"] = val_loss
-            log(step, val=val_loss)
-            line = f"validation loss: {val_loss:.4f}"
-            if val_loader.bytes_per_token:  # the measure to compare tokenizers by
-                result["bits_per_byte"] = val_loss / math.log(2) / val_loader.bytes_per_token
-                log(step, bits_per_byte=result["bits_per_byte"])
-                line += f" | {result['bits_per_byte']:.4f} bits per byte"
-            print0(line)
-        if hellaswag_examples and due(config.hellaswag_every, step, config):
-            line, accuracy = evaluate_hellaswag(
-                raw_model, tokenizer, hellaswag_examples, processes, dtype)
-            print0(line)
-            log(step, hella=accuracy)
+def evaluate(run, step, result):
+    """Validation loss, HellaSwag and samples, where they are due; training does not notice."""
+    config, processes = run.config, run.processes
+    hellaswag_due = run.hellaswag_examples and due(config.hellaswag_every, step, config)
+    samples_due = due(config.sample_every, step, config)
+    if not (due(config.eval_every, step, config) or hellaswag_due or samples_due):
+        return
+    free_cache(processes.device)  # evaluation needs blocks of other sizes than training has left
+    model = parallel.whole_copy(run.raw_model, processes.device)
+    if due(config.eval_every, step, config):
+        val_loss = evaluate_loss(model, run.val_loader, run.val_tokens, processes, run.dtype)
+        result["val_loss"] = val_loss
+        run.log(step, val=val_loss)
+        line = f"validation loss: {val_loss:.4f}"
+        if run.val_loader.bytes_per_token:  # the measure to compare tokenizers by
+            result["bits_per_byte"] = val_loss / math.log(2) / run.val_loader.bytes_per_token
+            run.log(step, bits_per_byte=result["bits_per_byte"])
+            line += f" | {result['bits_per_byte']:.4f} bits per byte"
+        run.print0(line)
+    if hellaswag_due:
+        line, accuracy = evaluate_hellaswag(
+            model, run.tokenizer, run.hellaswag_examples, processes, run.dtype)
+        run.print0(line)
+        run.log(step, hella=accuracy)
+    if samples_due and processes.master_process:
+        print_samples(model, run.tokenizer, config)
+    del model
+    free_cache(processes.device)
 
-        # once in a while: samples
-        if master_process and due(config.sample_every, step, config):
-            print_samples(raw_model, tokenizer, config)
 
-        if last_step:
-            break
+def update(run, step, batches, signals):
+    """
+    One update of the weights. Returns the mean loss (nats a token) over all micro-steps and
+    processes, the gradient norm, whether weights were updated (not if either is infinite or NaN),
+    and whether any process was asked to stop or to save.
+    """
+    config, device, model, scaler = run.config, run.processes.device, run.model, run.scaler
+    loss_accum = torch.zeros((), device=device)
+    for micro_step in range(run.grad_accum_steps):
+        x, y = next(batches)
+        if isinstance(model, DDP):
+            # gradients travel once an update. DDP reads this flag in forward already, so set it
+            # before: set after, every update would lack the first micro-steps' gradients
+            model.require_backward_grad_sync = micro_step == run.grad_accum_steps - 1
+        if run.keep_grads:
+            torch.compiler.cudagraph_mark_step_begin()
+        with autocast(device, run.dtype):
+            _, loss = model(x, y)
+        loss = loss / run.grad_accum_steps  # so that gradients add up to those of one large batch
+        loss_accum += loss.detach()
+        scaler.scale(loss).backward()
+    scaler.unscale_(run.optimizer)  # the norm to clip is that of the true gradients
+    norm = parallel.clip_grad_norm(run.raw_model, config.grad_clip)
+    lr = get_lr(step, config)
+    for param_group in run.optimizer.param_groups:
+        param_group["lr"] = lr
+    loss, norm = torch.stack([loss_accum, norm]).tolist()  # waits for the device, once an update
+    # the norm is the same everywhere: it is taken after DDP has averaged the gradients
+    loss, stop, save_now = sum_over_ranks([loss, signals.stop, signals.save], device)
+    loss /= run.processes.ddp_world_size
+    finite = math.isfinite(loss) and math.isfinite(norm)
+    if finite:
+        scaler.step(run.optimizer)
+    scaler.update()
+    run.optimizer.zero_grad(set_to_none=not run.keep_grads)
+    return loss, norm, finite, stop > 0, save_now > 0
 
-        # one update
-        synchronize(device)
-        t0 = time.time()
-        if step == start_step:
-            first_t0 = t0
-        loss_accum = torch.zeros((), device=device)
-        for micro_step in range(grad_accum_steps):
-            x, y = next(batches)
-            if ddp:
-                # gradients travel once an update. DDP reads this flag in forward already, so set
-                # it before: set after, every update would lack the first micro-steps' gradients
-                model.require_backward_grad_sync = micro_step == grad_accum_steps - 1
-            with autocast(device, dtype):
-                _, loss = model(x, y)
-            loss = loss / grad_accum_steps  # so that gradients add up to those of one large batch
-            loss_accum += loss.detach()
-            scaler.scale(loss).backward()
-        scaler.unscale_(optimizer)  # the norm to clip is that of the true gradients
-        norm = nn.utils.clip_grad_norm_(raw_model.parameters(), config.grad_clip or math.inf)
-        lr = get_lr(step, config)
-        for param_group in optimizer.param_groups:
-            param_group["lr"] = lr
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        train_loss = sum_over_ranks([loss_accum.item()], device)[0] / ddp_world_size
-        synchronize(device)
-        dt = time.time() - t0  # seconds
 
-        result["train_loss"] = train_loss
-        log(step, train=train_loss, lr=lr, norm=norm.item())
-        if step % max(config.print_every, 1) == 0 or step == config.max_steps - 1:
-            done, left = step + 1 - start_step, config.max_steps - step - 1
-            eta = (time.time() - first_t0) / done * left  # later evaluations included
-            print0(f"step {step:5d} | loss: {train_loss:.6f} | lr {lr:.4e} | norm: {norm:.4f} | "
-                   f"dt: {1000 * dt:.2f}ms | tok/sec: {config.total_batch_size / dt:.2f} | "
-                   f"eta {format_seconds(eta)}", flush=True)
+def train(config):
+    """
+    Train a GPT as `config` says. Returns {"step", "train_loss", "val_loss", "bits_per_byte",
+    "seconds", "checkpoint", "stopped"}: losses in nats a token, bits_per_byte None where the shards
+    do not tell their bytes, checkpoint None if the last one could not be written, stopped whether a
+    signal ended the run. Raises UserError for what the user can mend, before anything is written.
+    """
+    run = set_up(config)
+    device, start_step = run.processes.device, run.start_step
+    on_master(run.processes, lambda: start_log_dir(config.log_dir, start_step, run.resumed_from))
+    batches = run.train_loader.batches(start_step, device)
+    result = dict.fromkeys(("train_loss", "val_loss", "bits_per_byte", "checkpoint"))
+    start_time, bad_steps, stop, save_now = time.time(), 0, False, False
+    with Signals() as signals, paused_garbage_collection():
+        # one round more than updates: the last update is saved and evaluated too
+        for step in range(start_step, config.max_steps + 1):
+            # once in a while: save, before evaluation, which takes its time and may fail
+            if step > start_step and (stop or save_now or due(config.save_every, step, config)):
+                result["checkpoint"] = save(run, step)
+                signals.save = False
+            if stop:
+                break
+            evaluate(run, step, result)
+            if step == config.max_steps:
+                break
 
-    result.update(step=step, seconds=time.time() - start_time)
-    return result
+            synchronize(device)
+            t0 = time.time()
+            if step == start_step:
+                first_t0 = t0
+            train_loss, norm, finite, stop, save_now = update(run, step, batches, signals)
+            synchronize(device)
+            dt = time.time() - t0  # seconds
+
+            lr = get_lr(step, config)
+            result["train_loss"] = train_loss
+            run.log(step, train=train_loss, lr=lr, norm=norm)
+            if not finite:
+                bad_steps = report_bad_step(run, step, train_loss, norm, bad_steps)
+                continue
+            bad_steps = 0
+            if step % max(config.print_every, 1) == 0 or step == config.max_steps - 1:
+                done, left = step + 1 - start_step, config.max_steps - step - 1
+                eta = (time.time() - first_t0) / done * left  # later evaluations included
+                run.print0(f"step {step:5d} | loss: {train_loss:.6f} | lr {lr:.4e} | "
+                           f"norm: {norm:.4f} | dt: {1000 * dt:.2f}ms | "
+                           f"tok/sec: {config.total_batch_size / dt:.2f} | "
+                           f"eta {format_seconds(eta)}")
+    batches.close()
+    return result | {"step": step, "seconds": time.time() - start_time, "stopped": stop}
+
+
+def report_bad_step(run, step, loss, norm, bad_steps):
+    """Say which update was skipped and what it saw; returns how many in a row it makes."""
+    rows = run.config.total_batch_size // run.config.T
+    scale = run.scaler.get_scale()  # 1 unless float16
+    run.print0(f"step {step:5d} | loss: {loss:.6f} | norm: {norm:.4f} | update skipped, it is not "
+               f"finite; sequences {step * rows} to {(step + 1) * rows - 1}")
+    run.log(step, skipped=1)
+    if math.isfinite(loss) and scale > 1:
+        return bad_steps  # float16 gradients too large: the scaler has halved its scale
+    if bad_steps + 1 >= run.config.max_bad_steps > 0:
+        raise UserError(f"step {step}: {bad_steps + 1} updates in a row were not finite; the last "
+                        "checkpoint is good, resume it with a lower --max_lr and --resume_anyway")
+    return bad_steps + 1
 
 
 DEMO_NEXT = """\
@@ -729,19 +852,32 @@ next: python fineweb.py && torchrun --nproc_per_node=8 train_gpt2.py      # the 
 
 def main():
     """The command line: build the demo's data if it is asked for, train, say what comes next."""
+    # read when CUDA starts: blocks that grow leave fewer holes between evaluation and training
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     preset, config = parse_config()
+    if config.check:
+        sys.exit(machines.check(config, build_shape(config)))
     master_process = os.environ.get("RANK", "0") == "0"
     if preset == "demo" and config.data_dir == DEMO_DATA and master_process:
         # under torchrun the other ranks wait for this one where they join the process group
         fineweb.prepare(["builtin"], DEMO_DATA, DEMO_TOKENIZER)
-    result = train(config)
+    with parallel.naming_lost_processes():
+        result = train(config)
     if dist.is_initialized():
         dist.destroy_process_group()
-    if master_process:
-        print(f"trained to step {result['step']} in {format_seconds(result['seconds'])}, "
-              f"checkpoint: {find_checkpoint(config.log_dir)}")
-        if preset == "demo":
-            print(DEMO_NEXT)
+    if not master_process:
+        return
+    done = "stopped by a signal at" if result["stopped"] else "trained to"
+    print(f"{done} step {result['step']} in {format_seconds(result['seconds'])}, "
+          f"checkpoint: {find_checkpoint(config.log_dir)}")
+    if result["checkpoint"] is None and result["step"]:
+        print("error: the last checkpoint could not be written: make room and --resume",
+              file=sys.stderr)
+        sys.exit(1)
+    if result["stopped"]:
+        print("next: the same command with --resume")
+    elif preset == "demo":
+        print(DEMO_NEXT)
 
 
 if __name__ == "__main__":

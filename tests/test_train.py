@@ -158,7 +158,7 @@ def test_resumed_run_equals_straight_run_bit_for_bit(data_dir, tmp_path, capsys)
         for path in (tmp_path / "broken").glob("*.pt"):
             if int(path.stem.split("_")[1]) > step:
                 path.unlink()
-        train(replace(broken, resume=True))
+        train(replace(broken, resume="newest"))
         assert f"at step {step}" in capsys.readouterr().out
     logs = [(tmp_path / name / "log.txt").read_text() for name in ("straight", "broken")]
     assert logs[0] == logs[1]
@@ -171,14 +171,14 @@ def test_resumed_run_equals_straight_run_bit_for_bit(data_dir, tmp_path, capsys)
 
 
 def test_resume_without_a_checkpoint_starts_from_scratch(data_dir, tmp_path, capsys):
-    result = train(tiny_config(data_dir, tmp_path, resume=True))
+    result = train(tiny_config(data_dir, tmp_path, resume="newest"))
     assert result["step"] == 6
     assert "to resume: starting from scratch" in capsys.readouterr().out
 
 
 def test_resume_of_another_model_is_refused(data_dir, log_dir):
     with pytest.raises(UserError, match="n_layer 2, not 3"):
-        train(tiny_config(data_dir, log_dir, resume=True, n_layer=3))
+        train(tiny_config(data_dir, log_dir, resume="newest", n_layer=3))
 
 
 def test_a_new_run_sets_the_earlier_one_aside(data_dir, tmp_path):
