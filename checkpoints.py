@@ -175,10 +175,10 @@ def check_recipe(checkpoint, model_config, recipe, anyway):
                 if saved.get(name) != ours[name]]
 
     other_model = differing(checkpoint["model_config"], asdict(model_config))
-    if other_model:
-        raise UserError(f"the checkpoint is of another model ({'; '.join(other_model)}): give the "
-                        "flags it was trained with, or another --log_dir")
     others = differing(checkpoint["recipe"], recipe)
+    if other_model:
+        raise UserError(f"the checkpoint is of another model ({'; '.join(other_model + others)}): "
+                        "give the flags it was trained with, or another --log_dir")
     if others and not anyway:
         raise UserError(f"the checkpoint is of another run ({'; '.join(others)}): give the flags "
                         "it was trained with, or --resume_anyway")

@@ -106,8 +106,21 @@ def init_distributed(device_name):
         raise UserError("this torch has no NCCL, which GPUs talk through: install a CUDA build of "
                         "torch, or add --device cpu")
     backend = "nccl" if device.type == "cuda" and dist.is_nccl_available() else "gloo"
-    dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
+    dist.init_process_group(backend, store=fresh_store(), rank=ddp_rank, world_size=ddp_world_size,
+                            timeout=COLLECTIVE_TIMEOUT)
     return Processes(device, ddp_rank, ddp_world_size)
+
+
+def fresh_store():
+    """
+    Where the processes of one node meet: torchrun's store, but not what those wrote into it that a
+    restart replaces, or the new ones would look for the dead. None: as torch does it.
+    """
+    env = os.environ
+    if env.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or env["GROUP_WORLD_SIZE"] != "1":
+        return None  # nodes count restarts each for itself
+    store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False)
+    return dist.PrefixStore(f"attempt_{env['TORCHELASTIC_RESTART_COUNT']}", store)
 
 
 def sum_over_ranks(values, device):

@@ -158,11 +158,15 @@ def write_atomically(path, write):
     """Call `write(file)` on a temporary file beside `path`, then fsync and rename it into place."""
     rank = os.environ.get("RANK", "0")  # processes that write the same file do not meet
     temporary = path.with_name(f"{path.name}.{rank}.tmp")
-    with open(temporary, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)  # on a full disk, half a file is in the way
+        raise
     if os.name == "posix":  # the rename itself is safe once the folder is on disk
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)

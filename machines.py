@@ -75,7 +75,8 @@ def fit_B(config):
 def estimate(shape, config, device, dtype, world_size):
     """(bytes of memory a process is expected to take, bytes of a checkpoint), roughly."""
     C, L = shape.n_embd, shape.n_layer
-    parameters = shape.padded_vocab_size * C + shape.block_size * C + L * (12 * C * C + 13 * C)
+    embeddings = (shape.padded_vocab_size + shape.block_size) * C
+    parameters = embeddings + L * (12 * C * C + 13 * C) + 2 * C
     state = 16 * parameters  # weights, gradients and AdamW's two moments, in float32
     if config.fsdp:
         state //= world_size

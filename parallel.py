@@ -4,6 +4,7 @@ How a model is spread over processes and compiled: DDP, FSDP, torch.compile, and
 
 import os
 import re
+import signal
 import sys
 import time
 from contextlib import contextmanager
@@ -116,7 +117,7 @@ def clip_grad_norm(raw_model, max_norm):
     return norm.full_tensor() if isinstance(norm, dist.tensor.DTensor) else norm
 
 
-def missing_ranks(attempt, wait_seconds=5.0):
+def missing_ranks(wait_seconds=3.0):
     """
     Who no longer answers, as "rank 1" or "ranks 1, 3", after communication failed: all that are
     left sign up in the rendezvous store, which torchrun keeps outside of them.
@@ -124,10 +125,10 @@ def missing_ranks(attempt, wait_seconds=5.0):
     world_size, missing = dist.get_world_size(), []
     try:
         store = dist.distributed_c10d._get_default_store()
-        store.set(f"alive/{attempt}/{dist.get_rank()}", "1")
+        store.set(f"alive/{dist.get_rank()}", "1")
         time.sleep(wait_seconds)
         missing = [str(rank) for rank in range(world_size)
-                   if not store.check([f"alive/{attempt}/{rank}"])]
+                   if not store.check([f"alive/{rank}"])]
     except (RuntimeError, ValueError):
         pass  # the store was on the node that died
     if not missing:
@@ -144,8 +145,10 @@ def naming_lost_processes():
         said = str(error)
         if not dist.is_initialized() or not re.search("gloo|nccl|connection|timed out", said, re.I):
             raise
-        rank, attempt = dist.get_rank(), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        print(f"rank {rank}: error: lost {missing_ranks(attempt)} ({said.splitlines()[0]:.100}): "
-              "start again with --resume (torchrun --max_restarts=3 does it by itself)",
+        # torchrun wants the others gone at once: not before the line is out
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        reason = said.splitlines()[0].split("] ", 1)[-1]  # without the place in gloo's source
+        print(f"rank {dist.get_rank()}: error: lost {missing_ranks()} ({reason:.100}): start again "
+              "with --resume (torchrun --max_restarts=3 does it by itself)",
               file=sys.stderr, flush=True)
         os._exit(1)  # a process group that lost somebody cannot be left in good order

@@ -30,7 +30,9 @@ class Signals:
 
     def __exit__(self, *error):
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            # whoever is leaving because of a Ctrl-C can still get its repetition
+            if not (number == signal.SIGINT and self.stop and error == (None, None, None)):
+                signal.signal(number, handler)
 
     def _on_stop(self, number, frame):
         self.stop = True

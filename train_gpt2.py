@@ -370,7 +370,7 @@ class TrainConfig:
     log_dir: str = knob("log", "folder for checkpoints and log.txt")
     resume: str | None = knob(None, "continue from this checkpoint, or from the newest one in "
                               "log_dir, if there is one", nargs="?", const="newest")
-    resume_anyway: bool = knob(False, "with --resume: although the run was another one")
+    resume_anyway: bool = knob(False, "--resume, although the run was another one")
     # model
     model: str = knob("gpt2", "model shape", choices=tuple(MODEL_SHAPES))
     n_layer: int | None = knob(None, "layers, instead of the model's")
@@ -672,7 +672,7 @@ def set_up(config):
     recipe = {name: getattr(config, name) for name in RECIPE}
     recipe["data"] = fineweb.fingerprint(config.data_dir)
     start_step, resumed_from = 0, None
-    if config.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+    if config.resume or config.resume_anyway or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
         start = time.time()
         start_step, resumed_from = resume(config, processes, raw_model, optimizer, scaler, recipe)
         print0(f"resuming {resumed_from} at step {start_step}, read in {time.time() - start:.1f}s"

@@ -1,5 +1,6 @@
 """What several tests share: a small real text, shards and a run made from it, and scripts."""
 
+import json
 import os
 import subprocess
 import sys
@@ -98,6 +99,19 @@ def run_script(*args, cwd=None, env=None, timeout=120):
     return subprocess.run([sys.executable, *map(str, args)], cwd=cwd, capture_output=True,
                           encoding="utf-8", timeout=timeout, check=False,
                           env={**os.environ, "PYTHONUTF8": "1", **(env or {})})
+
+
+def forked(tmp_path, jobs):
+    """Run jobs for tests/forked.py in one process that forks; returns what each came to."""
+    for number, job in enumerate(jobs):
+        job.setdefault("stdout", str(tmp_path / f"job_{number}.out"))
+    path = tmp_path / "jobs.json"
+    path.write_text(json.dumps(jobs), encoding="utf-8")
+    done = run_script(ROOT / "tests" / "forked.py", path)
+    assert done.returncode == 0, done.stderr
+    results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert len(results) == len(jobs), done.stdout + done.stderr
+    return [result | {"stderr": done.stderr} for result in results]
 
 
 def read_log(log_dir, stream):

@@ -10,8 +10,9 @@ from conftest import ROOT, TINY, read_log, run_script, tiny_config
 
 import hellaswag
 import train_gpt2
+from checkpoints import find_checkpoint, load_checkpoint
 from fineweb import UserError
-from train_gpt2 import TrainConfig, find_checkpoint, get_lr, parse_config, train
+from train_gpt2 import TrainConfig, get_lr, parse_config, train
 
 
 @pytest.mark.parametrize("step, lr", [
@@ -124,63 +125,6 @@ def test_evaluation_does_not_change_training(data_dir, tmp_path):
     assert read_log(tmp_path / "a", "train") == read_log(tmp_path / "b", "train")
 
 
-# checkpoints
-
-
-def load(path):
-    return torch.load(path, weights_only=True)
-
-
-def test_a_checkpoint_holds_plain_values_only(log_dir):
-    path = find_checkpoint(log_dir)
-    checkpoint = load(path)  # weights_only: refuses anything else
-    assert checkpoint["step"] == 6
-    assert not any(key.startswith(("module.", "_orig_mod.")) for key in checkpoint["model"])
-    model = train_gpt2.load_model(path)
-    assert model.transformer.wte.weight is model.lm_head.weight
-    assert all(torch.equal(p, checkpoint["model"][name]) for name, p in model.named_parameters())
-    assert train_gpt2.load_tokenizer(log_dir).vocab_size == 300
-
-
-def test_newest_checkpoint_is_found_by_number(tmp_path):
-    for name in ("model_00900.pt", "model_100000.pt", "model_99999.pt", "model_200000.pt.tmp"):
-        (tmp_path / name).touch()
-    assert find_checkpoint(tmp_path).name == "model_100000.pt"
-    assert find_checkpoint(tmp_path / "nowhere") is None
-
-
-def test_resumed_run_equals_straight_run_bit_for_bit(data_dir, tmp_path, capsys):
-    config = tiny_config(data_dir, tmp_path / "straight", max_steps=12, eval_every=4, save_every=4)
-    train(config)
-    broken = replace(config, log_dir=str(tmp_path / "broken"))
-    train(broken)
-    for step in (4, 8):  # as if killed after these steps, with lines in the log past them
-        for path in (tmp_path / "broken").glob("*.pt"):
-            if int(path.stem.split("_")[1]) > step:
-                path.unlink()
-        train(replace(broken, resume="newest"))
-        assert f"at step {step}" in capsys.readouterr().out
-    logs = [(tmp_path / name / "log.txt").read_text() for name in ("straight", "broken")]
-    assert logs[0] == logs[1]
-    straight, resumed = (
-        load(tmp_path / name / "model_00012.pt") for name in ("straight", "broken"))
-    for name, tensor in straight["model"].items():
-        assert torch.equal(tensor, resumed["model"][name]), name
-    for key, state in straight["optimizer"]["state"].items():
-        assert all(torch.equal(v, resumed["optimizer"]["state"][key][n]) for n, v in state.items())
-
-
-def test_resume_without_a_checkpoint_starts_from_scratch(data_dir, tmp_path, capsys):
-    result = train(tiny_config(data_dir, tmp_path, resume="newest"))
-    assert result["step"] == 6
-    assert "to resume: starting from scratch" in capsys.readouterr().out
-
-
-def test_resume_of_another_model_is_refused(data_dir, log_dir):
-    with pytest.raises(UserError, match="n_layer 2, not 3"):
-        train(tiny_config(data_dir, log_dir, resume="newest", n_layer=3))
-
-
 def test_a_new_run_sets_the_earlier_one_aside(data_dir, tmp_path):
     for _ in range(3):
         train(tiny_config(data_dir, tmp_path))
@@ -235,7 +179,8 @@ def test_two_processes_train_as_one(data_dir, tmp_path):
         expected = read_log(tmp_path / "one", stream)
         assert len(expected) == (3 if stream == "val" else 10)
         assert read_log(tmp_path / "two", stream) == pytest.approx(expected, abs=tolerance)
-    weights = [load(find_checkpoint(tmp_path / name))["model"] for name in ("one", "two")]
+    weights = [load_checkpoint(find_checkpoint(tmp_path / name))["model"]
+               for name in ("one", "two")]
     for name, tensor in weights[0].items():
         assert torch.allclose(tensor, weights[1][name], atol=1e-3), name
 
