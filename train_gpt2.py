@@ -59,6 +59,7 @@ from devices import (
 )
 from fineweb import UserError
 from signals import Signals
+from loss import cross_entropy
 
 # -----------------------------------------------------------------------------
 # the model
@@ -199,10 +200,9 @@ class GPT(nn.Module):
         x = self.hidden(idx, kv_cache)  # (B, T, C)
         if last_only:
             x = x[:, -1:]  # the vocabulary product is a third of the work: only where needed
-        logits = self.lm_head(x)  # (B, T, V)
         if targets is None:
-            return logits, None
-        return None, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+            return self.lm_head(x), None  # (B, T, V)
+        return None, cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
 
     def hidden(self, idx, kv_cache=None, pos=None, mask=None):
         """

@@ -1,0 +1,166 @@
+"""The training step: its chunked loss against F.cross_entropy over all logits."""
+
+import math
+from contextlib import nullcontext
+
+import pytest
+import torch
+from conftest import ROOT, run_script
+from torch.nn import functional as F
+
+import loss
+from train_gpt2 import GPT, GPTConfig
+
+
+def small_model(seed=0):
+    torch.manual_seed(seed)
+    return GPT(GPTConfig(block_size=32, vocab_size=300, n_layer=2, n_head=2, n_embd=32))
+
+
+def plain_loss(model, x, y):
+    """The loss as the ancestor computes it: all logits, then F.cross_entropy."""
+    return F.cross_entropy(model.lm_head(model.hidden(x)).flatten(0, 1), y.flatten())
+
+
+def our_loss(model, x, y):
+    return model(x, y)[1]
+
+
+def loss_and_gradients(compute, model, x, y, dtype=None):
+    model.zero_grad()
+    with torch.autocast("cpu", dtype) if dtype else nullcontext():
+        value = compute(model, x, y)
+    (value / 4).backward()  # as in a loop that accumulates
+    return value.item(), {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+@pytest.fixture
+def chunks(monkeypatch):
+    """Chunks small enough for a small batch to take several, the last one short."""
+    monkeypatch.setattr(loss, "CHUNK_ROWS", 24)
+
+
+def batch(seed=0, B=4):
+    rows = torch.randint(300, (B, 33), generator=torch.Generator().manual_seed(seed))
+    return rows[:, :-1], rows[:, 1:]
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(None, 1e-6), (torch.bfloat16, 0.02)])
+def test_chunked_loss_and_gradients_are_those_of_cross_entropy(chunks, dtype, tolerance):
+    model = small_model()
+    expected, plain = loss_and_gradients(plain_loss, model, *batch(), dtype)
+    value, ours = loss_and_gradients(our_loss, model, *batch(), dtype)
+    assert value == pytest.approx(expected, rel=1e-6 if dtype is None else 1e-3)
+    for name, grad in plain.items():
+        # keys' biases move all scores of a query alike: their gradients are rounding errors
+        scale = max(grad.abs().max().item(), 1e-3)
+        assert (ours[name] - grad).abs().max() < tolerance * scale, name
+        assert ours[name].dtype == torch.float32
+
+
+def test_bfloat16_gradients_add_up_in_float32(monkeypatch):
+    # the weight's gradient is a sum over chunks: summed in bfloat16 it would lose the small ones
+    torch.manual_seed(0)
+    x, y = torch.randn(4096, 16), torch.randint(10, (4096,))
+    errors = []
+    for rows in (4096, 16):
+        monkeypatch.setattr(loss, "CHUNK_ROWS", rows)
+        weight = torch.zeros(10, 16, requires_grad=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss.cross_entropy(x, weight, y).backward()
+        exact = torch.zeros(10, 16, requires_grad=True)
+        F.cross_entropy(x @ exact.T, y).backward()
+        errors.append((weight.grad - exact.grad).abs().max() / exact.grad.abs().max())
+    assert max(errors) < 0.01, errors
+
+
+def test_loss_in_a_compiled_model(chunks):
+    model = small_model()
+    compiled = torch.compile(model, backend="aot_eager")  # traced as for a GPU, run without gcc
+    value, ours = loss_and_gradients(our_loss, compiled, *batch())
+    expected, plain = loss_and_gradients(plain_loss, model, *batch())
+    assert value == pytest.approx(expected, rel=1e-6)
+    for name, grad in plain.items():
+        assert torch.allclose(ours[f"_orig_mod.{name}"], grad, rtol=1e-4, atol=1e-6), name
+
+
+def test_loss_without_gradients_computes_none(chunks, monkeypatch):
+    model = small_model()
+    expected = our_loss(model, *batch()).item()
+    products = []
+    real = torch.Tensor.scatter_add_
+    monkeypatch.setattr(torch.Tensor, "scatter_add_",
+                        lambda *args: products.append(1) or real(*args))
+    for context in (torch.no_grad(), torch.inference_mode()):
+        with context:
+            assert our_loss(model, *batch()).item() == expected
+    assert not products
+    our_loss(model, *batch())
+    assert len(products) == math.ceil(4 * 32 / 24)
+
+
+def test_logits_never_exist_whole(monkeypatch):
+    monkeypatch.setattr(loss, "CHUNK_ROWS", 16)
+    model, rows = small_model(), []
+
+    class Watch(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                rows.append(out.numel() // 384 if out.shape[-1:] == (384,) else 0)
+            return out
+
+    with Watch():
+        our_loss(model, *batch(B=16))
+    assert 16 <= max(rows) <= 32  # of 384 logits; the batch has 512 rows
+
+
+def test_twenty_steps_as_the_plain_step_makes_them(chunks):
+    """Clipped updates of AdamW over accumulated gradients, fused and chunked or not."""
+    trajectories = []
+    for compute, fused in ((plain_loss, False), (our_loss, True)):
+        model = small_model()
+        optimizer = model.configure_optimizers(0.1, 1e-3)
+        for group in optimizer.param_groups:
+            group["fused"] = fused
+        trajectories.append([])
+        for step in range(20):
+            for micro_step in range(2):
+                value = compute(model, *batch(seed=2 * (step % 3) + micro_step)) / 2
+                value.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            trajectories[-1].append(value.item())
+    plain, ours = trajectories
+    assert plain[0] - plain[-1] > 0.1  # it learns
+    assert ours == pytest.approx(plain, abs=2e-5)
+
+
+TWO_RANKS = """
+import sys, torch, torch.distributed as dist
+sys.path[:0] = sys.argv[1:]
+from torch.nn.parallel import DistributedDataParallel as DDP
+import loss, test_step
+torch.set_num_threads(1)
+loss.CHUNK_ROWS = 24
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+model = test_step.small_model()
+x, y = test_step.batch()
+expected, plain = test_step.loss_and_gradients(test_step.plain_loss, model, x, y)
+ddp = DDP(model)
+rows = slice(2 * rank, 2 * rank + 2)
+value, ours = test_step.loss_and_gradients(test_step.our_loss, ddp, x[rows], y[rows])
+for name, grad in plain.items():
+    assert torch.allclose(ours["module." + name], grad, rtol=1e-4, atol=1e-6), name
+dist.destroy_process_group()
+"""
+
+
+def test_loss_under_ddp(tmp_path):
+    script = tmp_path / "two_ranks.py"
+    script.write_text(TWO_RANKS)
+    done = run_script("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script,
+                      ROOT, ROOT / "tests")
+    assert done.returncode == 0, done.stderr
