@@ -60,6 +60,7 @@ from devices import (
 from fineweb import UserError
 from signals import Signals
 from loss import cross_entropy
+from optimizers import OPTIMIZERS, make_optimizer
 
 # -----------------------------------------------------------------------------
 # the model
@@ -226,22 +227,10 @@ class GPT(nn.Module):
             kv_cache.length += T
         return self.transformer.ln_f(x)
 
-    def configure_optimizers(self, weight_decay, learning_rate, betas=(0.9, 0.95), verbose=False):
-        """AdamW that decays matrices and embeddings, but not biases and LayerNorm weights."""
-        decayed = [p for p in self.parameters() if p.dim() >= 2]
-        kept = [p for p in self.parameters() if p.dim() < 2]
-        device_type = decayed[0].device.type
-        # one kernel for all parameters instead of a few dozen for each
-        fused = device_type in ("cuda", "mps", "cpu")
-        if verbose:
-            print(f"num decayed parameter tensors: {len(decayed)}, "
-                  f"with {sum(p.numel() for p in decayed):,} parameters")
-            print(f"num non-decayed parameter tensors: {len(kept)}, "
-                  f"with {sum(p.numel() for p in kept):,} parameters")
-            print(f"using fused AdamW: {fused}")
-        groups = [{"params": decayed, "weight_decay": weight_decay},
-                  {"params": kept, "weight_decay": 0.0}]
-        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=1e-8, fused=fused)
+    def configure_optimizers(self, weight_decay, learning_rate, betas=(0.9, 0.95), name="adamw",
+                             verbose=False):
+        """An optimizer that decays matrices and embeddings, but not biases and LayerNorms."""
+        return make_optimizer(self, name, weight_decay, learning_rate, betas, verbose)
 
     @classmethod
     def from_pretrained(cls, name_or_dir):
@@ -389,7 +378,8 @@ class TrainConfig:
     max_lr: float = knob(6e-4, "learning rate after warmup")
     min_lr: float = knob(6e-5, "learning rate at the end")
     warmup_steps: int = knob(715, "updates of linear warmup; 715 are 375M tokens")
-    weight_decay: float = knob(0.1, "AdamW's, on matrices and embeddings")
+    optimizer: str = knob("adamw", "what turns gradients into updates", choices=OPTIMIZERS)
+    weight_decay: float = knob(0.1, "on matrices and embeddings")
     beta2: float = knob(0.95, "AdamW's second moment decay")
     grad_clip: float = knob(1.0, "largest gradient norm; 0 does not clip")
     max_bad_steps: int = knob(5, "updates in a row without a finite loss that end the run")
@@ -665,7 +655,7 @@ def set_up(config):
     if config.fsdp:
         parallel.shard(raw_model)
     optimizer = raw_model.configure_optimizers(
-        config.weight_decay, config.max_lr, (0.9, config.beta2), verbose=master_process)
+        config.weight_decay, config.max_lr, (0.9, config.beta2), config.optimizer, master_process)
     # float16 gradients underflow unless the loss is scaled up; disabled, the scaler does nothing
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
