@@ -33,6 +33,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import fineweb
+from cli import keep_memory
 from devices import init_distributed, sum_over_ranks
 from fineweb import UserError
 
@@ -499,6 +500,7 @@ def run(args, processes):
 
 
 def main():
+    keep_memory()
     args = parse_args()
     if args.compare:
         compare(*args.compare)

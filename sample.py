@@ -22,6 +22,7 @@ import torch
 import torch.nn as nn
 
 import fineweb
+from cli import keep_memory
 from devices import pick_device
 from fineweb import UserError
 
@@ -492,6 +493,7 @@ def load(args):
 
 
 def main():
+    keep_memory()
     args = parse_args()
     if args.safe:
         restart_safely()

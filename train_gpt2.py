@@ -57,6 +57,7 @@ from devices import (
     sum_over_ranks,
     synchronize,
 )
+from cli import keep_memory
 from fineweb import UserError
 from signals import Signals
 from loss import cross_entropy
@@ -847,6 +848,7 @@ def main():
     preset, config = parse_config()
     if config.check:
         sys.exit(machines.check(config, build_shape(config)))
+    keep_memory()
     master_process = os.environ.get("RANK", "0") == "0"
     if preset == "demo" and config.data_dir == DEMO_DATA and master_process:
         # under torchrun the other ranks wait for this one where they join the process group
