@@ -5,6 +5,8 @@ Every speed this project claims, each beside a peer, measured in one run.
     python bench.py loader          # reading batches, beside a training step
     python bench.py hellaswag       # examples a second, beside scoring them one by one
     python bench.py sample          # tokens a second, beside Hugging Face and CTranslate2
+    python bench.py step            # training GPT-2 124M, beside plain PyTorch and Hugging Face
+    python bench.py memory          # a long step: seconds and peak memory, beside plain PyTorch
 
 Machines drift, so contenders take turns and medians are compared: the ratios count, not the times.
 The last line of the output is JSON.
@@ -27,13 +29,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 import fineweb
 import hellaswag
 import sample
 import sources
 import train_gpt2
-from cli import OneLineParser, run_main
+from cli import OneLineParser, keep_memory, run_main
+from devices import flops_per_token
 from tokenizer import END_OF_TEXT, Tokenizer, train_bpe
 
 ROOT = Path(__file__).resolve().parent
@@ -48,6 +52,11 @@ def take_turns(contenders, rounds=3):
             run()
             seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def one_process(start, *args):
+    """An executor with one process, in which `start(*args)` is called first."""
+    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), start, args)
 
 
 # -----------------------------------------------------------------------------
@@ -234,8 +243,7 @@ def ctranslate2_sampler(folder):
     """The same with CTranslate2; None where it is not installed."""
     if importlib.util.find_spec("ctranslate2") is None:
         return None
-    pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), load_ctranslate2,
-                               (folder, torch.get_num_threads()))
+    pool = one_process(load_ctranslate2, folder, torch.get_num_threads())
     return lambda rows: pool.submit(run_ctranslate2, rows).result()
 
 
@@ -281,34 +289,55 @@ def bench_sample():
 # HellaSwag
 
 
+def start_scorer(name):
+    """The model, in a process of its own; the C library keeps memory as hellaswag.py has it."""
+    global model, tokenizer
+    if name == "now":
+        keep_memory()
+    tokenizer = Tokenizer("gpt2")
+    torch.manual_seed(0)
+    model = train_gpt2.GPT(train_gpt2.GPTConfig())
+
+
+def score_singly(examples):
+    """Summed losses of each example's endings, by the plain definition."""
+    from tests.one_by_one import score_one_by_one
+    return [score_one_by_one(model, tokenizer, example)[0] for example in examples]
+
+
+def score_now(examples):
+    """The same, by hellaswag.py."""
+    rows = {}
+    hellaswag.evaluate(model, tokenizer, examples, "cpu", on_result=rows.__setitem__)
+    return [rows[i]["loss_sums"] for i in range(len(examples))]
+
+
 def bench_hellaswag():
     """HellaSwag with an untrained GPT-2 124M on the CPU, beside scoring one example at a time."""
-    from tests.one_by_one import score_one_by_one
     folder = os.environ.get("GPT2_TEST_DATA")
     path = Path(folder) / "hellaswag_val_402.jsonl" if folder else hellaswag.download()
-    examples, tokenizer = list(hellaswag.iterate_examples(path)), Tokenizer("gpt2")
-    rendered = hellaswag.render_examples(examples, tokenizer, 1024)
+    examples = list(hellaswag.iterate_examples(path))
+    rendered = hellaswag.render_examples(examples, Tokenizer("gpt2"), 1024)
     examples = [examples[i] for i in sorted(
         range(len(examples)), key=lambda i: len(rendered[i].rows[0]) + sum(rendered[i].counts[1:]))]
     # seven lengths, six neighbours of each: as in the whole set, a batch holds equals in length
     middles = [round((i + 0.5) / 7 * len(examples)) for i in range(7)]
-    torch.manual_seed(0)
-    model = train_gpt2.GPT(train_gpt2.GPTConfig())
-    seconds, differences = {"one by one": 0.0, "now": 0.0}, []
+    scorers = {"one by one": score_singly, "now": score_now}
+    pools = {name: one_process(start_scorer, name) for name in scorers}
+    seconds, differences = dict.fromkeys(scorers, 0.0), []
     for middle in middles:
         group, sums = examples[middle - 3:middle + 3], {}
 
-        def one_by_one(group=group, sums=sums):
-            sums["a"] = [score_one_by_one(model, tokenizer, e)[0] for e in group]
+        def score(name, group=group, sums=sums):
+            sums[name] = pools[name].submit(scorers[name], group).result()
 
-        def now(group=group, sums=sums):
-            rows = {}
-            hellaswag.evaluate(model, tokenizer, group, "cpu", on_result=rows.__setitem__)
-            sums["b"] = [rows[i]["loss_sums"] for i in range(len(group))]
-
-        for name, median in take_turns({"one by one": one_by_one, "now": now}).items():
-            seconds[name] += median
-        differences.append(np.abs(np.subtract(sums["a"], sums["b"])).max())
+        for name in scorers:
+            score(name)  # warms up
+        medians = take_turns({name: functools.partial(score, name) for name in scorers})
+        seconds = {name: seconds[name] + medians[name] for name in scorers}
+        differences.append(np.abs(np.subtract(*sums.values())).max())
+    for pool in pools.values():
+        pool.shutdown()
     n = 6 * len(middles)
     for name, value in seconds.items():
         print(f"{name:10}  {n / value:5.2f} examples/s, {value / n * 10_042 / 3600:.2f} hours for "
@@ -319,9 +348,116 @@ def bench_hellaswag():
             **{f"examples_per_sec, {name}": n / value for name, value in seconds.items()}}
 
 
+# -----------------------------------------------------------------------------
+# the training step: GPT-2 124M in float32, random tokens, clipping and optimizer included
+
+
+def plain_contender():
+    """(model, loss function, optimizer) as build-nanogpt has them without a GPU."""
+    model = train_gpt2.GPT(train_gpt2.GPTConfig())
+    groups = [{key: group[key] for key in ("params", "weight_decay")}
+              for group in model.configure_optimizers(0.1, 6e-4).param_groups]
+
+    def loss(x, y):
+        logits = model.lm_head(model.hidden(x))  # (B, T, V)
+        return F.cross_entropy(logits.flatten(0, 1), y.flatten())
+
+    return model, loss, torch.optim.AdamW(groups, lr=6e-4, betas=(0.9, 0.95), fused=False)
+
+
+def hf_contender():
+    """The same with Hugging Face's model."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+    model = GPT2LMHeadModel(GPT2Config(resid_pdrop=0, embd_pdrop=0, attn_pdrop=0))
+    return model, lambda x, y: model(x, labels=x).loss, torch.optim.AdamW(model.parameters(), 6e-4)
+
+
+def our_contender():
+    """The same with train_gpt2.py."""
+    keep_memory()
+    model = train_gpt2.GPT(train_gpt2.GPTConfig())
+    return model, lambda x, y: model(x, y)[1], model.configure_optimizers(0.1, 6e-4)
+
+
+CONTENDERS = {"plain": plain_contender, "Hugging Face": hf_contender, "ours": our_contender}
+
+
+def start_contender(name):
+    """In its own process, since how the C library keeps memory is a matter of a whole process."""
+    global model, loss_function, optimizer
+    torch.manual_seed(0)
+    model, loss_function, optimizer = CONTENDERS[name]()
+
+
+def run_step(B, T, micro_steps):
+    """One update in that process."""
+    rows = torch.randint(50257, (B, T + 1), generator=torch.Generator().manual_seed(0))
+    x, y = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+    for _ in range(micro_steps):
+        (loss_function(x, y) / micro_steps).backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def peak_mb():
+    """The most memory that was ever resident in that process, in MB (Linux)."""
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def sgemm_gflops(size=2048):
+    """Billions of float32 operations a second in a product of two square matrices."""
+    a, b = torch.randn(2, size, size)
+    a @ b
+    return 2 * size**3 / take_turns({"a @ b": lambda: a @ b}, 9)["a @ b"] / 1e9
+
+
+def bench_step(B=4, T=128, micro_steps=4):
+    """Tokens a second of an update of 4 micro-steps of 4 x 128 tokens, and the share of sgemm."""
+    shape = train_gpt2.GPTConfig()
+    pools = {name: one_process(start_contender, name) for name in CONTENDERS}
+    for pool in pools.values():
+        pool.submit(run_step, B, T, 1).result()  # warms up
+    rates = []
+    contenders = {"sgemm": lambda: rates.append(sgemm_gflops())}
+    contenders |= {name: lambda pool=pool: pool.submit(run_step, B, T, micro_steps).result()
+                   for name, pool in pools.items()}
+    seconds = take_turns(contenders)
+    peaks = {name: pool.submit(peak_mb).result() for name, pool in pools.items()}
+    for pool in pools.values():
+        pool.shutdown()
+    sgemm, tokens = statistics.median(rates), B * T * micro_steps
+    print(f"sgemm {sgemm:.0f} GFLOP/s, {torch.get_num_threads()} threads")
+    result = {"sgemm_gflops": sgemm}
+    for name in CONTENDERS:
+        rate = tokens / seconds[name]
+        share = rate * flops_per_token(124_475_904, shape, T) / 1e9 / sgemm
+        ratio = seconds["plain"] / seconds[name]
+        result[name] = {"tokens_per_sec": rate, "times_plain": ratio, "share_of_sgemm": share,
+                        "peak_mb": peaks[name]}
+        print(f"{name:12} {rate:6.1f} tokens/s {ratio:5.2f} x plain {share:6.1%} of sgemm "
+              f"{peaks[name]:6.0f} MB")
+    return result
+
+
+def bench_memory(B=8, T=1024):
+    """Seconds and peak memory of two updates of 8 x 1024 tokens at once."""
+    result, seconds = {}, {}
+    for name in ("plain", "ours"):
+        with one_process(start_contender, name) as pool:
+            run = functools.partial(lambda pool: pool.submit(run_step, B, T, 1).result(), pool)
+            seconds[name] = take_turns({name: run}, 2)[name]
+            result[name] = {"seconds": seconds[name], "peak_mb": pool.submit(peak_mb).result()}
+    for name, values in result.items():
+        print(f"{name:6} {values['seconds']:6.1f} s {values['peak_mb']:6.0f} MB, "
+              f"{values['peak_mb'] / result['plain']['peak_mb']:.2f} x plain")
+    return result
+
+
 # name on the command line: function that prints a table and returns plain values
 BENCHES = {"data": bench_data, "loader": bench_loader, "hellaswag": bench_hellaswag,
-           "sample": bench_sample}
+           "sample": bench_sample, "step": bench_step, "memory": bench_memory}
 
 
 def main():

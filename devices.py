@@ -74,6 +74,31 @@ def synchronize(device):
         torch.mps.synchronize()
 
 
+# dense 16-bit products with float32 sums, 10^12 operations a second, from the makers' data sheets.
+# The first entry counts whose words are all part of the card's name
+PEAK_TFLOPS = {
+    "Laptop": None, "MIG": None,  # part of a card, or a slower one of the same name
+    "B200": 2250, "GH200": 989, "H200 NVL": 835, "H200": 989, "H100 NVL": 835, "H100 PCIe": 756,
+    "H100": 989, "H800": 989, "A100": 312, "A800": 312, "A10": 125, "L40S": 362, "L40": 181,
+    "L4": 121, "RTX 4090": 165, "RTX 3090": 71,
+}
+
+
+def flops_per_token(num_parameters, config, T):
+    """
+    Floating point operations of forward and backward for one token (Chowdhery et al. 2022): 6 for
+    each parameter (the tied matrix counts once, it is multiplied with once), and attention over T.
+    """
+    return 6 * num_parameters + 12 * config.n_layer * config.n_embd * T
+
+
+def model_flops_utilization(flops_per_sec, device_name, world_size=1):
+    """Share of what the GPUs could do at most, 0 to 1; None for a card that is not in the table."""
+    words = set(device_name.replace("-", " ").split())
+    peaks = [peak for card, peak in PEAK_TFLOPS.items() if words.issuperset(card.split())]
+    return flops_per_sec / (peaks[0] * 1e12 * world_size) if peaks and peaks[0] else None
+
+
 class Processes(NamedTuple):
     """This process among those that torchrun started; alone, the only one of one."""
 

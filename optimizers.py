@@ -9,7 +9,9 @@ import math
 import torch
 
 OPTIMIZERS = ("adamw", "adamw8bit", "muon")
-MOMENTUM = 0.95  # of Muon
+# of Muon
+MOMENTUM = 0.95
+STEP_LENGTH = 0.2  # root mean square of a step of lr 1, about AdamW's (Liu et al. 2025)
 
 
 def make_optimizer(raw_model, name, weight_decay, learning_rate, betas=(0.9, 0.95),
@@ -108,8 +110,8 @@ class Muon(torch.optim.AdamW):
                 by_shape.setdefault(pair[0].shape, []).append(pair)
             p.grad = None  # done with: AdamW passes over what has no gradient
         for shape, pairs in by_shape.items():
-            # as long as AdamW's steps, about 0.2 an element (Liu et al. 2025): one lr for both
-            length = 0.2 * math.sqrt(max(shape))
+            # an orthogonal matrix has elements of 1 / sqrt(max(shape)): one lr for all shapes
+            length = STEP_LENGTH * math.sqrt(max(shape))
             updates = orthogonalize(torch.stack([update for _, update in pairs]))
             for (matrix, _), update in zip(pairs, updates, strict=True):
                 matrix.mul_(1 - group["lr"] * group["weight_decay"])

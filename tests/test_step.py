@@ -1,6 +1,7 @@
 """The training step: its chunked loss against F.cross_entropy over all logits."""
 
 import math
+import platform
 from contextlib import nullcontext
 
 import pytest
@@ -9,6 +10,7 @@ from conftest import ROOT, run_script
 from torch.nn import functional as F
 
 import loss
+from devices import flops_per_token, model_flops_utilization
 from train_gpt2 import GPT, GPTConfig
 
 
@@ -137,6 +139,30 @@ def test_twenty_steps_as_the_plain_step_makes_them(chunks):
     assert ours == pytest.approx(plain, abs=2e-5)
 
 
+KEEP_MEMORY = """
+import resource, sys, torch
+sys.path.insert(0, sys.argv[1])
+from cli import keep_memory
+if sys.argv[2] == "kept":
+    keep_memory()
+for i in range(20):  # the first few find their places
+    if i == 10:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(40, 2**20).sum()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a matter of glibc")
+def test_freed_memory_is_used_again():
+    faults = {}
+    for how in ("kept", "plain"):
+        done = run_script("-c", KEEP_MEMORY, ROOT, how)
+        assert done.returncode == 0, done.stderr
+        faults[how] = int(done.stdout)
+    assert faults["kept"] < faults["plain"] / 4, faults
+
+
 TWO_RANKS = """
 import sys, torch, torch.distributed as dist
 sys.path[:0] = sys.argv[1:]
@@ -164,3 +190,18 @@ def test_loss_under_ddp(tmp_path):
     done = run_script("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script,
                       ROOT, ROOT / "tests")
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("card, peak", [
+    ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA A100-SXM4-80GB", 312),
+    ("NVIDIA L40S", 362), ("NVIDIA L4", 121), ("NVIDIA GeForce RTX 4090", 165),
+    ("NVIDIA RTX A1000", None), ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+    ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None), ("Tesla T4", None)])
+def test_mfu_knows_the_card_or_says_nothing(card, peak):
+    share = model_flops_utilization(2 * 4e14, card, world_size=2)
+    assert share == (peak and pytest.approx(400 / peak))
+
+
+def test_flops_per_token_at_124m():
+    # 6 N, and 12 layers x 12 heads x 64 wide x 1024 tokens x 12
+    assert flops_per_token(124_475_904, GPTConfig(), 1024) == 746_855_424 + 113_246_208
