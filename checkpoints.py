@@ -9,6 +9,7 @@ renamed, so that whatever happens leaves no half file.
 import itertools
 import os
 import re
+import time
 import zipfile
 from dataclasses import asdict
 from pathlib import Path
@@ -189,13 +190,15 @@ def resume(config, processes, raw_model, optimizer, scaler, recipe):
     Load the checkpoint that `--resume` names into model, optimizer and scaler; returns its step and
     path, or (0, None) where there is none. The master reads it, and the others get it from there.
     """
-    checkpoint = None
+    # a restart by torchrun goes on with what the run has saved since
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    if not (config.resume or config.resume_anyway or restarted):
+        return 0, None
+    start, checkpoint = time.time(), None
 
     def read():
         nonlocal checkpoint
         path = config.resume
-        # a restart by torchrun goes on with what the run has saved since
-        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
         if path in (None, "newest") or (restarted and find_checkpoint(config.log_dir)):
             path, checkpoint = newest_whole_checkpoint(config.log_dir)
         else:
@@ -204,6 +207,7 @@ def resume(config, processes, raw_model, optimizer, scaler, recipe):
                 raise UserError(f"no checkpoint {config.resume} to resume: name a model_*.pt file")
             checkpoint = load_whole_checkpoint(path)
         if path is None:
+            print(f"no checkpoint in {config.log_dir} to resume: starting from scratch")
             return 0, None, None
         check_recipe(checkpoint, raw_model.config, recipe, config.resume_anyway)
         if checkpoint["step"] > config.max_steps:
@@ -211,10 +215,13 @@ def resume(config, processes, raw_model, optimizer, scaler, recipe):
         return checkpoint["step"], str(path), checkpoint["scaler"]
 
     step, path, scaler_state = on_master(processes, read)
-    if path is not None:
-        load_state(raw_model, optimizer, checkpoint)
-        if scaler.is_enabled() and scaler_state:
-            scaler.load_state_dict(scaler_state)
+    if path is None:
+        return 0, None
+    load_state(raw_model, optimizer, checkpoint)
+    if scaler.is_enabled() and scaler_state:
+        scaler.load_state_dict(scaler_state)
+    if processes.master_process:
+        print(f"resuming {path} at step {step}, read in {time.time() - start:.1f}s")
     return step, path
 
 

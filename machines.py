@@ -57,6 +57,22 @@ def divisors_around(B, sequences):
             min((n for n in legal if n > B), default=None))
 
 
+def count_micro_steps(config, world_size):
+    """grad_accum_steps of a TrainConfig; raises UserError with numbers that fit if they do not."""
+    B, T, total = config.B, config.T, config.total_batch_size
+    if total % (B * T * world_size) == 0:
+        return total // (B * T * world_size)
+    sequences, rest = divmod(total, T * world_size)
+    if rest or not sequences:
+        near = {max(sequences, 1) * T * world_size, (sequences + 1) * T * world_size}
+        raise UserError(f"--total_batch_size {total} is no multiple of T x processes = {T} x "
+                        f"{world_size}: the nearest that are: {', '.join(map(str, sorted(near)))}")
+    near = [n for n in divisors_around(B, sequences) if n]
+    raise UserError(f"B x T x processes = {B} x {T} x {world_size} does not divide "
+                    f"total_batch_size {total}: the nearest --B that do: "
+                    f"{', '.join(map(str, near))}")
+
+
 def fit_B(config):
     """The B of a machine's preset, lowered until it divides the update; says so if it was."""
     world_size = int(os.environ.get("WORLD_SIZE", 1))
@@ -132,9 +148,10 @@ def check(config, shape):
                 problems.append(f"no {split} shards in {config.data_dir}: run python fineweb.py")
         except UserError as error:
             problems.append(str(error))
-    tokens = config.B * config.T * processes.ddp_world_size
-    if tokens < 1 or config.total_batch_size % tokens:
-        problems.append(f"B x T x processes = {tokens} does not divide --total_batch_size")
+    try:
+        count_micro_steps(config, processes.ddp_world_size)
+    except UserError as error:
+        problems.append(str(error))
     memory, checkpoint = estimate(shape, config, device, dtype, processes.ddp_world_size)
     free = free_memory(device)
     if free is not None and memory > free:

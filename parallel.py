@@ -23,6 +23,9 @@ def check_combination(config, processes, dtype):
     Which of compile, gradient checkpointing, DDP and FSDP go together (README has the table).
     Returns whether to compile; raises UserError for what does not work.
     """
+    if config.optimizer == "muon" and config.compile_mode != "default":
+        raise UserError("--optimizer muon drops gradients that CUDA graphs want kept: use "
+                        "--compile_mode default")
     if not config.fsdp:
         # worth minutes of compiling on CUDA only; on a CPU it gains nothing
         return processes.device.type == "cuda" if config.compile is None else config.compile
@@ -32,6 +35,9 @@ def check_combination(config, processes, dtype):
     if config.compile:
         raise UserError("--fsdp gathers every block's weights between graphs, which a compiled "
                         "model cannot: leave out --compile or --fsdp")
+    if config.optimizer != "adamw":
+        raise UserError(f"--fsdp leaves a process a part of every matrix, and {config.optimizer} "
+                        "needs them whole: use --optimizer adamw")
     if dtype == torch.float16:
         raise UserError("--fsdp with float16 would scale the loss differently on each process: "
                         "use --dtype bfloat16 or float32")
@@ -77,12 +83,13 @@ def wrap(raw_model, config, processes, use_compile):
     return model
 
 
-def compile_or_fall_back(model, raw_model, x, y, processes, dtype):
+def compile_or_fall_back(model, raw_model, batch, processes, dtype):
     """
-    Run one forward and backward, which compiles `model`, and drop the gradients. Where that fails
+    Run forward and backward of a batch (x, y), which compiles `model`, and drop the gradients. Where that fails
     on any process, all go on with `raw_model`, and one line says so. -> the model to train
     """
     failure = ""
+    x, y = (t.to(processes.device) for t in batch)
     start = time.time()
     try:
         if isinstance(model, DDP):

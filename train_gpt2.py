@@ -45,6 +45,7 @@ from checkpoints import (
     save_checkpoint,
     start_log_dir,
 )
+from cli import keep_memory
 from devices import (
     Processes,
     autocast,
@@ -57,11 +58,10 @@ from devices import (
     sum_over_ranks,
     synchronize,
 )
-from cli import keep_memory
 from fineweb import UserError
-from signals import Signals
 from loss import cross_entropy
 from optimizers import OPTIMIZERS, make_optimizer
+from signals import Signals
 
 # -----------------------------------------------------------------------------
 # the model
@@ -409,7 +409,7 @@ class TrainConfig:
 
 # what makes a run that run: a checkpoint is resumed only with these as they were
 RECIPE = ("total_batch_size", "T", "seed", "shuffle", "max_steps", "max_lr", "min_lr",
-          "warmup_steps", "weight_decay", "beta2", "grad_clip")
+          "warmup_steps", "optimizer", "weight_decay", "beta2", "grad_clip")
 
 
 DEMO_DATA, DEMO_TOKENIZER = "demo_data", "bpe:1536"
@@ -464,20 +464,7 @@ def check_config(config, world_size):
     if config.T > config.block_size:
         raise UserError(f"--T {config.T} is longer than block_size {config.block_size}: "
                         f"lower --T or raise --block_size")
-    tokens_per_micro_step = config.B * config.T * world_size
-    if config.total_batch_size % tokens_per_micro_step == 0:
-        return config.total_batch_size // tokens_per_micro_step
-    sequences, rest = divmod(config.total_batch_size, config.T * world_size)
-    if rest or not sequences:
-        unit = config.T * world_size
-        near = sorted({max(sequences, 1) * unit, (sequences + 1) * unit})
-        raise UserError(f"--total_batch_size {config.total_batch_size} is no multiple of T x "
-                        f"processes = {config.T} x {world_size}: the nearest that are: "
-                        f"{', '.join(map(str, near))}")
-    nearest = machines.divisors_around(config.B, sequences)
-    raise UserError(f"B x T x processes = {config.B} x {config.T} x {world_size} does not divide "
-                    f"total_batch_size {config.total_batch_size}: the nearest --B that do: "
-                    f"{', '.join(str(B) for B in nearest if B)}")
+    return machines.count_micro_steps(config, world_size)
 
 
 def get_lr(step, config):
@@ -662,17 +649,11 @@ def set_up(config):
 
     recipe = {name: getattr(config, name) for name in RECIPE}
     recipe["data"] = fineweb.fingerprint(config.data_dir)
-    start_step, resumed_from = 0, None
-    if config.resume or config.resume_anyway or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
-        start = time.time()
-        start_step, resumed_from = resume(config, processes, raw_model, optimizer, scaler, recipe)
-        print0(f"resuming {resumed_from} at step {start_step}, read in {time.time() - start:.1f}s"
-               if resumed_from else
-               f"no checkpoint in {config.log_dir} to resume: starting from scratch")
+    start_step, resumed_from = resume(config, processes, raw_model, optimizer, scaler, recipe)
     model = parallel.wrap(raw_model, config, processes, use_compile)
     if use_compile:
-        x, y = (t.to(device) for t in train_loader.batch(start_step))
-        model = parallel.compile_or_fall_back(model, raw_model, x, y, processes, dtype)
+        model = parallel.compile_or_fall_back(
+            model, raw_model, train_loader.batch(start_step), processes, dtype)
     hellaswag_examples = hellaswag.load_evenly_spaced(
         config.hellaswag_limit, processes) if config.hellaswag_every else []
     keep_grads = use_compile and device.type == "cuda" and config.compile_mode != "default"

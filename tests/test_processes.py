@@ -416,7 +416,9 @@ def test_set_seed_covers_every_generator():
 
 @pytest.mark.parametrize("changes, world_size, message", [
     (dict(fsdp=True), 1, "start with torchrun"), (dict(fsdp=True, compile=True), 2, "leave out"),
-    (dict(fsdp=True, dtype="float16"), 2, "--dtype bfloat16")])
+    (dict(fsdp=True, dtype="float16"), 2, "--dtype bfloat16"),
+    (dict(fsdp=True, optimizer="muon"), 2, "use --optimizer adamw"),
+    (dict(optimizer="muon", compile_mode="max-autotune"), 1, "--compile_mode default")])
 def test_combinations_that_do_not_work(data_dir, tmp_path, changes, world_size, message):
     config = tiny_config(data_dir, tmp_path, **changes)
     processes = devices.Processes(torch.device("cpu"), 0, world_size)
