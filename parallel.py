@@ -85,8 +85,9 @@ def wrap(raw_model, config, processes, use_compile):
 
 def compile_or_fall_back(model, raw_model, batch, processes, dtype):
     """
-    Run forward and backward of a batch (x, y), which compiles `model`, and drop the gradients. Where that fails
-    on any process, all go on with `raw_model`, and one line says so. -> the model to train
+    Run forward and backward of a batch (x, y), which compiles `model`, and drop the gradients.
+    Where that fails on any process, all go on with `raw_model`, and one line says so. Returns the
+    model to train.
     """
     failure = ""
     x, y = (t.to(processes.device) for t in batch)
