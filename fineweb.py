@@ -40,7 +40,8 @@ FORMAT_VERSION = 1
 SPLITS = ("val", "train")
 SHARD_NAME = re.compile(r"edufineweb_(val|train)_(\d{6})\.npy")
 SAMPLE_BYTES = 100_000_000  # a trained tokenizer learns from at most this much text
-GROUP_CHARS = 1 << 16  # text that a tokenizer thread is handed at once
+KEPT_BYTES = 100_000_000  # a corpus up to this size is read once, and stays in memory
+GROUP_CHARS = 1 << 18  # text that a tokenizer thread is handed at once
 BYTES_PER_TOKEN = 4  # a rough figure for English, used only to tell small corpora from large ones
 HEAD_TOKENS = 4096  # what the quick checksum of a shard covers
 
@@ -342,13 +343,18 @@ class Corpus:
         self.inputs, self.text_column = inputs, text_column
         self.downloads, self.prefetch = downloads, prefetch
         self.train_bytes = None  # of a small corpus, those in front that are train
+        self.kept = self.kept_tally = None  # of a very small one, all that was read
 
     def pieces(self, indices=None, first=(0, 0), tally=None, drop=False):
         """Yield the Pieces of some inputs from position `first` (file, piece) on."""
+        tally = tally or Tally(quiet=True)
+        if self.kept:  # small corpora are always read from the start
+            tally.take(self.kept_tally)
+            return split_by_bytes(self.kept, self.train_bytes)
         indices = range(len(self.inputs)) if indices is None else indices
         read = sources.read_inputs(
             self.inputs, [i for i in indices if i >= first[0]], self.text_column,
-            tally or Tally(quiet=True), self.downloads, drop, self.prefetch)
+            tally, self.downloads, drop, self.prefetch)
         pieces = (Piece(text, starts, None, file, number) for file, number, text, starts in read
                   if (file, number) >= tuple(first))  # those before are read, but not tokenized
         return pieces if self.train_bytes is None else split_by_bytes(pieces, self.train_bytes)
@@ -357,14 +363,19 @@ class Corpus:
         """Whether the text is at most `limit` bytes; if so, it will be split by bytes."""
         if sources.is_on_hub(self.inputs):
             return False
-        total = 0
-        for piece in self.pieces():
+        total, kept, tally = 0, [], Tally(quiet=True)
+        for piece in self.pieces(tally=tally):
             total += len(piece.text.encode("utf-8"))
             if total > limit:
                 return False
+            if total <= KEPT_BYTES:
+                kept.append(piece)
+            else:
+                kept.clear()
         if total == 0:
             raise UserError("the source holds no text")
         self.train_bytes = int(total * (1 - val_fraction))
+        self.kept, self.kept_tally = kept, tally
         return True
 
 

@@ -37,21 +37,35 @@ class Input(NamedTuple):
 class Tally:
     """
     Counts the rows of a file and names the first that hold no text; more than 1 % are an error.
-    `files` keeps {index of the input: [rows, bad rows]} of every file that was read to its end.
+    `files` keeps {index of the input: [rows, bad rows]} of every file that was read to its end. A
+    quiet one keeps what it would say, for another to take.
     """
 
     def __init__(self, files=None, quiet=False):
         self.files, self.quiet = {} if files is None else files, quiet
         self.rows = self.bad = 0
-        self.first_bad = None
+        self.first_bad, self.unsaid = None, []
+
+    def take(self, other):
+        """Count what a quiet tally counted, and say it."""
+        self.files.update(other.files)
+        for line in other.unsaid:
+            self.say(line)
+
+    def say(self, line):
+        """Print a line to stderr, or keep it."""
+        if self.quiet:
+            self.unsaid.append(line)
+        else:
+            print(line, file=sys.stderr)
 
     def skip(self, where, why):
         """Count a row without text."""
         self.bad += 1
         self.first_bad = self.first_bad or f"{where}: {why}"
-        if not self.quiet and self.bad <= 10:
+        if self.bad <= 10:
             more = " (further ones are only counted)" if self.bad == 10 else ""
-            print(f"skipped {where}: {why}{more}", file=sys.stderr)
+            self.say(f"skipped {where}: {why}{more}")
         if self.rows >= 10_000:  # a long file that is all wrong need not be read to its end
             self.check()
 

@@ -2,17 +2,19 @@
 
 import gzip
 import json
+import random
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+import tiktoken
 from conftest import small_text
 
 import fineweb
 import sources
 from fineweb import Tokenizer, UserError, prepare
-from tokenizer import train_bpe
+from tokenizer import END_OF_TEXT, train_bpe
 
 STRANGE = ["", "a", " ", "\r\n \n\n\t x", "héllo wörld", "你好，世界。红楼梦", "😀👩‍👩‍👧",
            "\u0000\x7f", "<|endoftext|> is text <|endoftext|>", "  def f(x):\n    return x\n",
@@ -66,6 +68,25 @@ def test_gpt2_ids_are_those_of_openai(gpt2_tokenizer):
     assert gpt2_tokenizer.encode("Hello, I'm a language model,") == [
         15496, 11, 314, 1101, 257, 3303, 2746, 11]
     assert (gpt2_tokenizer.vocab_size, gpt2_tokenizer.eot) == (50257, 50256)
+
+
+def test_gpt2_ids_of_any_text_are_those_of_tiktoken(gpt2_tokenizer, real_data):
+    """Against tiktoken's own pattern, one text a call: every character, and rules that meet."""
+    gpt2 = tiktoken.get_encoding("gpt2")
+    rng = random.Random(0)
+    every = [chr(c) for c in range(0x110000) if not 0xD800 <= c < 0xE000]
+    texts = ["a".join(every), " ".join(every), " " * 1000 + "a", "\n" * 1000, "'" * 9]
+    parts = ["'s", "'ll", "'Re", "'", " ", "  ", "\n", "\r\n", "\u00a0", "\u3000", "\x1c", "a",
+             " the", "é", "e\u0301", "梦", "12", "½", "٣", "!?", "_", "😀", END_OF_TEXT]
+    texts += ["".join(rng.choices(parts, k=rng.randrange(30))) for _ in range(3000)]
+    texts += ["".join(rng.choices(every, k=20)) for _ in range(3000)]
+    texts += (real_data / "fineweb_edu_sample.jsonl").read_text(encoding="utf-8").splitlines()
+    rng.shuffle(texts)
+    for first in range(0, len(texts), 8):  # groups with and without the literal <|endoftext|>
+        group = texts[first:first + 8]
+        for text, ids in zip(group, gpt2_tokenizer.encode_batch(group), strict=True):
+            assert ids.tolist() == gpt2.encode_ordinary(text), repr(text[:60])
+    assert gpt2_tokenizer.encode_batch([]) == []
 
 
 def test_trained_tokenizer_has_the_size_asked_for_and_merges(bpe):

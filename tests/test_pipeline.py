@@ -95,6 +95,18 @@ def test_any_number_of_threads_gives_the_same_bytes(many_files, tmp_path):
     assert contents(tmp_path / "1") == contents(tmp_path / "2") == contents(tmp_path / "7")
 
 
+def test_text_read_again_gives_the_bytes_of_text_kept_in_memory(many_files, tmp_path, monkeypatch):
+    read_inputs, reads = fineweb.sources.read_inputs, []
+    monkeypatch.setattr(fineweb.sources, "read_inputs",
+                        lambda *args: reads.append(1) or read_inputs(*args))
+    for kept_bytes in (10**8, 50_000, 0):  # the whole is 80,000
+        monkeypatch.setattr(fineweb, "KEPT_BYTES", kept_bytes)
+        prepare([many_files], tmp_path / str(kept_bytes), "bpe:300", shard_size=50_000)
+    assert len(reads) == 1 + 3 + 3  # to measure, to train the tokenizer and to write
+    assert contents(tmp_path / "100000000") == contents(tmp_path / "50000")
+    assert contents(tmp_path / "100000000") == contents(tmp_path / "0")
+
+
 def test_changed_sources_are_refused(many_files, tmp_path, monkeypatch):
     def fail(*args):
         raise KeyboardInterrupt
@@ -157,7 +169,9 @@ def test_the_folder_is_complete_when_the_last_rank_is_done(many_files, tmp_path)
 # bad rows
 
 
-def test_bad_rows_are_named_counted_and_skipped(tmp_path, capsys):
+@pytest.mark.parametrize("kept_bytes", [10**8, 0])
+def test_bad_rows_are_named_counted_and_skipped(tmp_path, capsys, monkeypatch, kept_bytes):
+    monkeypatch.setattr(fineweb, "KEPT_BYTES", kept_bytes)  # a small corpus is read once, or twice
     lines = [json.dumps({"text": f"row {i}"}) for i in range(400)]
     lines[7], lines[99], lines[300] = "{broken", '{"txt": "x"}', '{"text": null}'
     (tmp_path / "a.jsonl").write_text("\n".join(lines), encoding="utf-8")
@@ -315,11 +329,12 @@ def test_retry_after_is_honoured():
 
 
 def test_a_hub_that_stays_down_costs_one_line_and_what_is_done_stays(hub, tmp_path):
-    last, files = "train-00002-of-00003.parquet", dataset_files(tmp_path, lines=600)
+    last, files = "train-00002-of-00003.parquet", dataset_files(tmp_path, lines=2400)
     good, files[last] = files[last], b"PAR1 not parquet"
     hub.repositories["datasets/me/texts"] = files
     (tmp_path / "bpe.json").write_text(train_bpe([small_text()], 300).model, encoding="utf-8")
-    ready = ("--tokenizer", "bpe.json")  # trained, so that no sample has to be read first
+    # trained, so that no sample has to be read first; one thread, so that little is under way
+    ready = ("--tokenizer", "bpe.json", "--num_proc", 1, "--shard_size", 20_000)
     done = run_from_hub(hub, tmp_path, *ready)
     assert done.returncode == 2 and "no readable parquet" in done.stderr.splitlines()[-1]
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("*.npy")}
