@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -110,6 +111,9 @@ def bench_data():
         import pyarrow.parquet
         pyarrow.parquet.write_table(pyarrow.table({"text": texts}), parquet)
         runs = iter(range(1000))
+        corpus = fineweb.Corpus(sources.list_inputs([str(source)], None, "train"), "text", None,
+                                prefetch=False)
+        pieces, tokenizer = list(corpus.pieces()), Tokenizer("gpt2")
         megabytes = sum(len(text.encode()) for text in texts) / 1e6
         medians = take_turns({
             "build-nanogpt's way": lambda: pool_pass(source, folder),
@@ -117,7 +121,10 @@ def bench_data():
             "fineweb.py, jsonl": lambda: fineweb.prepare([source], folder / str(next(runs))),
             "fineweb.py, parquet": lambda: fineweb.prepare([parquet], folder / str(next(runs))),
             "fineweb.py, bpe:8192": lambda: fineweb.prepare(
-                [source], folder / str(next(runs)), "bpe:8192")})
+                [source], folder / str(next(runs)), "bpe:8192"),
+            "reading jsonl alone": lambda: deque(corpus.pieces(), 0),
+            "tokenizing alone": lambda: deque(
+                fineweb.tokenize(pieces, tokenizer, os.cpu_count()), 0)})
         splits = fineweb.read_meta(folder / "0")["splits"]
     num_tokens = sum(split["tokens"] for split in splits.values())
     print(f"{megabytes:.0f} MB, {num_tokens / 1e6:.1f} M tokens, {os.cpu_count()} cores")
