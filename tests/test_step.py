@@ -163,35 +163,6 @@ def test_freed_memory_is_used_again():
     assert faults["kept"] < faults["plain"] / 4, faults
 
 
-TWO_RANKS = """
-import sys, torch, torch.distributed as dist
-sys.path[:0] = sys.argv[1:]
-from torch.nn.parallel import DistributedDataParallel as DDP
-import loss, test_step
-torch.set_num_threads(1)
-loss.CHUNK_ROWS = 24
-dist.init_process_group("gloo")
-rank = dist.get_rank()
-model = test_step.small_model()
-x, y = test_step.batch()
-expected, plain = test_step.loss_and_gradients(test_step.plain_loss, model, x, y)
-ddp = DDP(model)
-rows = slice(2 * rank, 2 * rank + 2)
-value, ours = test_step.loss_and_gradients(test_step.our_loss, ddp, x[rows], y[rows])
-for name, grad in plain.items():
-    assert torch.allclose(ours["module." + name], grad, rtol=1e-4, atol=1e-6), name
-dist.destroy_process_group()
-"""
-
-
-def test_loss_under_ddp(tmp_path):
-    script = tmp_path / "two_ranks.py"
-    script.write_text(TWO_RANKS)
-    done = run_script("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script,
-                      ROOT, ROOT / "tests")
-    assert done.returncode == 0, done.stderr
-
-
 @pytest.mark.parametrize("card, peak", [
     ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA A100-SXM4-80GB", 312),
     ("NVIDIA L40S", 362), ("NVIDIA L4", 121), ("NVIDIA GeForce RTX 4090", 165),

@@ -6,11 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ROOT, TINY, read_log, run_script, tiny_config
+from conftest import ROOT, read_log, run_script, tiny_config
 
 import hellaswag
 import train_gpt2
-from checkpoints import find_checkpoint, load_checkpoint
 from fineweb import UserError
 from train_gpt2 import TrainConfig, get_lr, parse_config, train
 
@@ -160,29 +159,6 @@ def test_hellaswag_accuracy_is_logged(data_dir, tmp_path, capsys, monkeypatch):
     train(tiny_config(data_dir, tmp_path, hellaswag_every=3, hellaswag_limit=4))
     assert list(read_log(tmp_path, "hella")) == [0, 3, 6]
     assert re.search(r"HellaSwag accuracy: \d/4=", capsys.readouterr().out)
-
-
-# processes
-
-
-def test_two_processes_train_as_one(data_dir, tmp_path):
-    flags = [x for name, value in TINY.items() for x in (f"--{name}", value)]
-    flags += ["--data_dir", data_dir, "--max_steps", 10, "--B", 1, "--eval_every", 5]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    one = run_script(ROOT / "train_gpt2.py", *flags, "--log_dir", tmp_path / "one")
-    two = run_script(*torchrun, ROOT / "train_gpt2.py", *flags, "--log_dir", tmp_path / "two")
-    assert one.returncode == 0, one.stderr
-    assert two.returncode == 0, two.stderr
-    # 8 micro-steps against 2 x 4: an update that lacks the first micro-steps' gradients differs
-    assert "gradient accumulation steps: 4" in two.stdout and two.stdout.count("using device") == 1
-    for stream, tolerance in (("train", 2e-4), ("val", 2e-4), ("norm", 2e-3)):
-        expected = read_log(tmp_path / "one", stream)
-        assert len(expected) == (3 if stream == "val" else 10)
-        assert read_log(tmp_path / "two", stream) == pytest.approx(expected, abs=tolerance)
-    weights = [load_checkpoint(find_checkpoint(tmp_path / name))["model"]
-               for name in ("one", "two")]
-    for name, tensor in weights[0].items():
-        assert torch.allclose(tensor, weights[1][name], atol=1e-3), name
 
 
 def test_importing_a_module_only_defines(tmp_path):
