@@ -6,6 +6,7 @@ Every speed this project claims, each beside a peer, measured in one run.
     python bench.py hellaswag       # examples a second, beside scoring them one by one
     python bench.py sample          # tokens a second, beside Hugging Face and CTranslate2
     python bench.py step            # training GPT-2 124M, beside plain PyTorch and Hugging Face
+    python bench.py loop            # what an update spends outside of forward and backward
     python bench.py memory          # a long step: seconds and peak memory, beside plain PyTorch
 
 Machines drift, so contenders take turns and medians are compared: the ratios count, not the times.
@@ -479,9 +480,52 @@ def bench_memory(B=8, T=1024):
     return result
 
 
+# -----------------------------------------------------------------------------
+# the rest of the loop
+
+
+def bench_loop(updates=4):
+    """What a 124M update spends beside forward and backward: loader, optimizer, log, agreement."""
+    tokens = Tokenizer("gpt2").encode("\n".join(real_texts())[:4_000_000])
+    inside, shares = [0.0], []
+
+    def timed(function):
+        def wrapper(*args):
+            start = time.perf_counter()
+            result = function(*args)
+            inside[0] += time.perf_counter() - start
+            return result
+        return wrapper
+
+    with tempfile.TemporaryDirectory() as folder:
+        for index, split in enumerate(fineweb.SPLITS):
+            np.save(Path(folder) / f"edufineweb_{split}_{index:06d}.npy", np.uint16(tokens))
+        run = train_gpt2.set_up(train_gpt2.TrainConfig(
+            data_dir=folder, log_dir=folder, B=4, T=128, total_batch_size=2048, hellaswag_every=0,
+            device="cpu", dtype="float32"))
+        backward, run.model = torch.Tensor.backward, timed(run.model)
+        torch.Tensor.backward = timed(backward)
+        try:
+            batches = run.train_loader.batches(0, run.processes.device)
+            for step in range(updates + 1):
+                inside[0], start = 0.0, time.perf_counter()
+                loss, norm, *_ = train_gpt2.update(run, step, batches, train_gpt2.Signals())
+                run.log(step, train=loss, lr=train_gpt2.get_lr(step, run.config), norm=norm)
+                seconds = time.perf_counter() - start
+                shares.append(1 - inside[0] / seconds)
+        finally:
+            torch.Tensor.backward = backward
+        batches.close()
+    share = statistics.median(shares[1:])  # the first one allocates
+    print(f"an update of 2,048 tokens takes {seconds:.1f} s, {share:.1%} of it outside of forward "
+          f"and backward")
+    return {"share": share, "all": shares[1:]}
+
+
 # name on the command line: function that prints a table and returns plain values
 BENCHES = {"data": bench_data, "loader": bench_loader, "hellaswag": bench_hellaswag,
-           "sample": bench_sample, "step": bench_step, "memory": bench_memory}
+           "sample": bench_sample, "step": bench_step, "memory": bench_memory,
+           "loop": bench_loop}
 
 
 def main():
