@@ -1,0 +1,161 @@
+"""
+Draws what log.txt holds: losses, HellaSwag accuracy, learning rate and gradient norm.
+
+    python plot.py                           # log/ -> log/loss.png
+    python plot.py log other_log --out both.png
+"""
+
+import argparse
+import math
+from pathlib import Path
+
+import numpy as np
+
+import fineweb
+from fineweb import UserError
+
+# (value, name) of published models, for runs on FineWeb-EDU with the gpt2 tokenizer: OpenAI's GPT-2
+# scored on its val shard (build-nanogpt), GPT-3 from its paper
+REFERENCES = {"val": [(3.2924, "OpenAI GPT-2 124M")],
+              "hella": [(0.2955, "OpenAI GPT-2 124M"), (0.337, "GPT-3 124M")]}
+
+
+def read_log(log_dir):
+    """
+    {stream: (steps, values)} of log_dir/log.txt, two lists each, by step. A step that was done
+    twice counts as it came out last. Damaged lines are skipped: a killed run may leave one. Raises
+    UserError if there is no log.
+    """
+    path = Path(log_dir) / "log.txt"
+    if not path.is_file():
+        raise UserError(f"{log_dir} has no log.txt: name the log folder of a run")
+    streams = {}
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:
+        try:
+            step, stream, value = line.split()
+            streams.setdefault(stream, {})[int(step)] = float(value)
+        except ValueError:
+            continue
+    if not streams:
+        raise UserError(f"{path} holds no line of 'step stream value' yet")
+    return {name: (sorted(at), [at[step] for step in sorted(at)]) for name, at in streams.items()}
+
+
+def read_run(log_dir):
+    """run.json, which a run leaves beside its log.txt, as a dict; empty if there is none."""
+    path = Path(log_dir) / "run.json"
+    return fineweb.read_json(path) if path.is_file() else {}
+
+
+def is_fineweb_edu(run):
+    """Whether losses of this run compare with those published for FineWeb-EDU."""
+    sources = run.get("source") or [run.get("data_dir") or ""]  # build-nanogpt's folders tell none
+    return run.get("vocab_size") == 50257 and all(
+        "fineweb-edu" in s.lower() or "edu_fineweb" in s for s in sources)
+
+
+def smooth(values):
+    """Each value's mean with its neighbours: a window of a fiftieth of all, cut at both ends."""
+    window = np.ones(max(len(values) // 50, 1))
+    if len(values) < len(window) + 1:
+        return np.array(values)
+    return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
+
+
+def plot(log_dirs, out):
+    """
+    Draw the runs of one or more log folders over each other into the picture `out`. Raises
+    UserError for a folder without a log, or if matplotlib is missing.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("plots need the package matplotlib: pip install matplotlib") from None
+    logs, runs = [read_log(d) for d in log_dirs], [read_run(d) for d in log_dirs]
+    batches = {run.get("total_batch_size") for run in runs}  # tokens in an update
+    # one axis of steps serves runs of one batch size only; others meet on the tokens they saw
+    over_tokens = len(batches) > 1 and None not in batches
+    figure = Figure(figsize=(12, 8), layout="constrained")  # no pyplot: no window, no state
+    loss, hella, lr, norm = figure.subplots(2, 2, width_ratios=(3, 2)).flat
+    for i, (log_dir, log, run) in enumerate(zip(log_dirs, logs, runs, strict=True)):
+        scale = run["total_batch_size"] if over_tokens else 1
+        draw = dict(color=f"C{i}", label=Path(log_dir).resolve().name)
+        draw_loss(loss, log, scale, draw)
+        for axes, stream in ((hella, "hella"), (lr, "lr"), (norm, "norm")):
+            steps, values = log.get(stream, ((), ()))
+            values = smooth(values) if stream == "norm" else values
+            axes.plot(np.multiply(steps, scale), values, "." * (len(steps) == 1) or "-", **draw)
+    for axes, title in ((loss, "loss (nats a token)"), (hella, "HellaSwag accuracy"),
+                        (lr, "learning rate"), (norm, "gradient norm (smoothed)")):
+        axes.set_title(title)
+        axes.grid(alpha=0.3)
+        label_x(axes, over_tokens, next(iter(batches)) if len(batches) == 1 else None)
+    if all(map(is_fineweb_edu, runs)):
+        draw_references({"val": loss, "hella": hella})
+    loss.legend()
+    figure.savefig(out, dpi=100)
+
+
+def draw_loss(axes, log, scale, draw):
+    """Training loss, raw behind smoothed, and validation loss with its last value."""
+    steps, values = log.get("train", ((), ()))
+    x = np.multiply(steps, scale)
+    axes.plot(x, values, color=draw["color"], alpha=0.15)
+    axes.plot(x, smooth(values), **draw | {"label": f"{draw['label']}: train, smoothed"})
+    steps, values = log.get("val", ((), ()))
+    if steps:
+        axes.plot(np.multiply(steps, scale), values, "o--", markersize=4, color=draw["color"],
+                  label=f"{draw['label']}: val, {values[-1]:.4f} at the end")
+    lowest = [v for _, vs in map(log.get, ("train", "val"), [((), ())] * 2) for v in vs]
+    lowest = min((v for v in lowest if math.isfinite(v)), default=None)
+    if lowest is not None:  # the first steps come from far above, and would flatten the rest
+        axes.set_ylim(top=max(axes.get_ylim()[0], 2.2 * lowest))
+
+
+def label_x(axes, over_tokens, batch):
+    """Name the x axis; where an update is `batch` tokens, a second one above counts tokens."""
+    from matplotlib.ticker import EngFormatter
+    axes.set_xlabel("tokens" if over_tokens else "step")
+    if over_tokens:
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 2M, 10G
+    if batch and not over_tokens:
+        above = axes.secondary_xaxis("top", functions=(lambda x: x * batch, lambda x: x / batch))
+        above.set_xlabel("tokens")
+        above.xaxis.set_major_formatter(EngFormatter(sep=""))
+
+
+def draw_references(panels):
+    """Dashed lines at the published figures."""
+    for stream, axes in panels.items():
+        for value, name in REFERENCES[stream]:
+            axes.axhline(value, color="gray", linestyle=":")
+            axes.annotate(f"{name}: {value:g}", (1, value), xycoords=("axes fraction", "data"),
+                          ha="right", va="bottom", fontsize=8, color="gray")
+
+
+def try_to_plot(log_dir):
+    """Draw log_dir/loss.png, as training does: what goes wrong costs a warning, never the run."""
+    try:
+        plot([log_dir], Path(log_dir) / "loss.png")
+    except Exception as error:
+        print(f"warning: no plot of {log_dir}: {error}")
+
+
+def parse_args():
+    parser = fineweb.OneLineParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("log_dirs", nargs="*", default=["log"], metavar="LOGDIR",
+                        help="log folders of runs, drawn over each other (log)")
+    parser.add_argument("--out", help="the picture (loss.png in the first folder)")
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    out = Path(args.out or Path(args.log_dirs[0]) / "loss.png")
+    plot(args.log_dirs, out)
+    print(f"wrote {out}")
+
+
+if __name__ == "__main__":
+    fineweb.run_main(main)
