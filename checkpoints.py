@@ -1,12 +1,11 @@
 """
-What a run leaves in its log folder, and how it is found again: checkpoints and log.txt.
+Checkpoints: how a run is saved, found again and continued.
 
 model_{step}.pt holds tensors and plain values only: the weights, the optimizer's state, the float16
 loss scale, and what the run is made of. It is written under a temporary name, put on the disk and
 renamed, so that whatever happens leaves no half file.
 """
 
-import itertools
 import os
 import re
 import time
@@ -243,48 +242,4 @@ def load_tokenizer(source):
     path = resolve_checkpoint(source)
     if path is not None:
         return fineweb.Tokenizer(**load_checkpoint(path)["tokenizer"])
-    path = pretrained.fetch(source, "tokenizer.json")
-    if path is None:
-        return fineweb.Tokenizer("gpt2")
-    return fineweb.Tokenizer(str(path), path.read_text(encoding="utf-8"))
-
-
-# -----------------------------------------------------------------------------
-# the folder
-
-
-def start_log_dir(log_dir, start_step, resumed_from=None):
-    """
-    Make log_dir ready for a run from `start_step` on, and return the path of log.txt. Whatever an
-    earlier run left that this one does not continue goes to previous_N; lines of log.txt that a
-    resumed run is going to write again are cut.
-    """
-    log_dir = Path(log_dir)
-    log_dir.mkdir(parents=True, exist_ok=True)
-    for path in log_dir.glob("model_*.tmp"):  # of a run that was killed while it saved
-        path.unlink()
-    log_file = log_dir / "log.txt"
-    ours = resumed_from is not None and Path(resumed_from).resolve().parent == log_dir.resolve()
-    last = start_step if ours else -1
-    aside = [path for step, path in list_checkpoints(log_dir).items() if step > last]
-    if log_file.exists() and not ours:
-        aside.append(log_file)
-    if aside:
-        folder = next(p for n in itertools.count(1)
-                      if not (p := log_dir / f"previous_{n}").exists())
-        folder.mkdir()
-        for path in aside:
-            path.rename(folder / path.name)
-        print(f"{log_dir} held an earlier run, now in {folder}" if not ours else
-              f"what {log_dir} held past step {start_step} is now in {folder}")
-    if log_file.exists():
-        cut_log(log_file, start_step)
-    return log_file
-
-
-def cut_log(log_file, start_step):
-    """Drop the lines of log.txt from a step on, and half a line that a killed run left."""
-    lines = log_file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-    kept = [line for line in lines if re.fullmatch(r"\d+ \S+ \S+\n", line)
-            and int(line.split()[0]) < start_step]
-    fineweb.write_atomically(log_file, lambda file: file.write("".join(kept).encode("utf-8")))
+    return pretrained.load_tokenizer(source)

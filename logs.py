@@ -2,32 +2,36 @@
 What a run tells while it trains: log.txt, run.json and, where asked for, TensorBoard and wandb.
 """
 
+import itertools
+import re
 from dataclasses import asdict
 from pathlib import Path
 
 import fineweb
-from checkpoints import start_log_dir
+from checkpoints import list_checkpoints
 from fineweb import UserError
 
+OF_A_RUN = ("log.txt", "run.json", "loss.png", "tensorboard")  # what it leaves beside checkpoints
 
-def open_logger(config, start_step=0, tensorboard=False, wandb=None):
+
+def open_logger(config, start_step=0, resumed_from=None):
     """
     Make the log folder of a TrainConfig ready for a run from `start_step` on, and return its
     log(step, **values): it appends lines of "step stream value" to log.txt and gives the same
-    scalars to TensorBoard (event files in log_dir/tensorboard) and to the wandb project named
-    `wandb`. Raises UserError, before anything is written, if a package is missing or wandb refuses.
+    scalars to TensorBoard (event files in log_dir/tensorboard) and wandb where the config says so.
+    Raises UserError, before anything is written, if a package is missing or wandb refuses.
     """
     log_dir = Path(config.log_dir)
-    SummaryWriter = import_tensorboard() if tensorboard else None
-    run = start_wandb(wandb, config) if wandb else None
-    log_file = start_log_dir(log_dir, start_step)
+    SummaryWriter = import_tensorboard() if config.tensorboard else None
+    run = start_wandb(config.wandb, config) if config.wandb else None
+    log_file = start_log_dir(log_dir, start_step, resumed_from)
     meta = fineweb.read_meta(config.data_dir)
     fineweb.write_json(log_dir / "run.json", {
         **asdict(config), "vocab_size": meta["vocab_size"],
         "source": meta.get("recipe", {}).get("source")})  # plot.py draws the axes by it
     # after a resume, TensorBoard forgets what is logged anew
     board = (SummaryWriter(str(log_dir / "tensorboard"), purge_step=start_step or None)
-             if tensorboard else None)
+             if config.tensorboard else None)
 
     def log(step, **values):
         with open(log_file, "a", encoding="utf-8") as file:
@@ -65,3 +69,40 @@ def start_wandb(project, config):
     except Exception as error:  # not logged in, no network: several kinds
         raise UserError(f"wandb does not start ({error}): give wandb login, or set "
                         "WANDB_MODE=offline") from error
+
+
+def start_log_dir(log_dir, start_step, resumed_from=None):
+    """
+    Make log_dir ready for a run from `start_step` on, and return the path of log.txt. Whatever an
+    earlier run left that this one does not continue goes to previous_N; lines of log.txt that a
+    resumed run is going to write again are cut.
+    """
+    log_dir = Path(log_dir)
+    log_dir.mkdir(parents=True, exist_ok=True)
+    for path in log_dir.glob("model_*.tmp"):  # of a run that was killed while it saved
+        path.unlink()
+    log_file = log_dir / "log.txt"
+    ours = resumed_from is not None and Path(resumed_from).resolve().parent == log_dir.resolve()
+    last = start_step if ours else -1
+    aside = [path for step, path in list_checkpoints(log_dir).items() if step > last]
+    if not ours:
+        aside += [path for name in OF_A_RUN if (path := log_dir / name).exists()]
+    if aside:
+        folder = next(p for n in itertools.count(1)
+                      if not (p := log_dir / f"previous_{n}").exists())
+        folder.mkdir()
+        for path in aside:
+            path.rename(folder / path.name)
+        print(f"{log_dir} held an earlier run, now in {folder}" if not ours else
+              f"what {log_dir} held past step {start_step} is now in {folder}")
+    if log_file.exists():
+        cut_log(log_file, start_step)
+    return log_file
+
+
+def cut_log(log_file, start_step):
+    """Drop the lines of log.txt from a step on, and half a line that a killed run left."""
+    lines = log_file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    kept = [line for line in lines if re.fullmatch(r"\d+ \S+ \S+\n", line)
+            and int(line.split()[0]) < start_step]
+    fineweb.write_atomically(log_file, lambda file: file.write("".join(kept).encode("utf-8")))

@@ -7,16 +7,20 @@ import json
 import math
 import re
 from pathlib import Path
+from zipfile import is_zipfile
 
 import torch
 from torch.overrides import TorchFunctionMode
 
 from fineweb import UserError
+from tokenizer import END_OF_TEXT, Tokenizer, byte_level, read_tokenizer
 
 # OpenAI stored these as (in, out), the transpose of nn.Linear
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json",
                 "pytorch_model.bin", "pytorch_model.bin.index.json")
+# what a config.json leaves out is as in GPT-2 124M
+SHAPE = {"n_positions": 1024, "vocab_size": 50257, "n_layer": 12, "n_head": 12, "n_embd": 768}
 
 
 class SkipInit(TorchFunctionMode):
@@ -56,36 +60,55 @@ def read_config(name_or_dir):
     path = fetch(name_or_dir, "config.json")
     if path is None:
         raise UserError(f"{name_or_dir} is no Hugging Face model: it has no config.json")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: {error}") from error
+    config = SHAPE | read_json(path)
     expected = {"model_type": ("gpt2",), "tie_word_embeddings": (True,),
                 "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
                 "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,),
-                "layer_norm_epsilon": (1e-5,), "n_inner": (None, 4 * config.get("n_embd", 0))}
+                "add_cross_attention": (False,), "layer_norm_epsilon": (1e-5,)}
     for key, allowed in expected.items():
         if config.get(key, allowed[0]) not in allowed:
             raise UserError(f"{name_or_dir} is no GPT-2: its {key} is {config[key]!r}, "
                             f"not {allowed[0]!r}")
+    for key in SHAPE:
+        if type(config[key]) is not int:
+            raise UserError(f"{path} is damaged: {key} is {config[key]!r}, no whole number")
+    if config.get("n_inner") not in (None, 4 * config["n_embd"]):
+        raise UserError(f"{name_or_dir} is no GPT-2: its n_inner is {config['n_inner']}, not "
+                        f"4 x n_embd = {4 * config['n_embd']}")
     return config
+
+
+def read_json(path):
+    """The dict in a JSON file. Raises UserError if it is damaged."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}): download it again") from error
 
 
 def copy_weights(model, name_or_dir):
     """Fill `model` tensor by tensor, so that two models never stand in memory."""
-    missing = dict(model.named_parameters())  # the tied matrix counts once, as transformer.wte
+    params = dict(model.named_parameters())
+    missing = set(params)  # the tied matrix counts once, as transformer.wte
     for path in weight_files(name_or_dir):
         for name, tensor in read_tensors(path):
             # OpenAI's own upload has no prefix; the buffers of old causal masks are no weights
             name = "transformer." + name.removeprefix("transformer.")
-            param = missing.pop(name, None)
-            if param is None:
+            tied = name == "transformer.lm_head.weight"
+            name = "transformer.wte.weight" if tied else name
+            if (param := params.get(name)) is None:
                 continue
             tensor = tensor.t() if name.endswith(TRANSPOSED) else tensor
             if param.shape != tensor.shape:
                 raise UserError(f"{name_or_dir}: {name} has shape {tuple(tensor.shape)}, but "
                                 f"config.json says {tuple(param.shape)}")
+            if name not in missing:  # stored under both of its names
+                if not torch.equal(param.data, tensor.to(param.dtype)):
+                    raise UserError(f"{name_or_dir} is no GPT-2: its lm_head is untied, another "
+                                    "matrix than transformer.wte")
+                continue
             param.data.copy_(tensor)
+            missing.remove(name)
     if missing:
         raise UserError(f"{name_or_dir} lacks the tensors {', '.join(sorted(missing))}")
 
@@ -97,7 +120,7 @@ def weight_files(name_or_dir):
         raise UserError(f"{name_or_dir} has no weights: none of {', '.join(WEIGHT_FILES)}")
     if path.suffix != ".json":
         return [path]
-    names = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+    names = sorted(set(read_json(path).get("weight_map", {}).values()))
     paths = [fetch(name_or_dir, name) for name in names]
     if None in paths:
         raise UserError(f"{name_or_dir} lacks {names[paths.index(None)]}: download it again")
@@ -107,7 +130,7 @@ def weight_files(name_or_dir):
 def read_tensors(path):
     """Yield (name, tensor) over a safetensors file (one in memory at a time) or a torch file."""
     if path.suffix != ".safetensors":
-        yield from torch.load(path, map_location="cpu", weights_only=True, mmap=True).items()
+        yield from read_torch_file(path).items()
         return
     from safetensors import SafetensorError, safe_open
     try:
@@ -121,3 +144,30 @@ def read_tensors(path):
                 yield name, file.get_tensor(name)
     except SafetensorError as error:
         raise UserError(f"{path} is damaged ({error}): download it again") from error
+
+
+def read_torch_file(path):
+    """The state dict in a pytorch_model.bin. Raises UserError if it is none, or holds code."""
+    try:  # files from before torch 1.6 are no zip, and cannot be mapped
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
+    except Exception as error:  # torch raises half a dozen kinds
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path} holds no weights, or is damaged ({reason:.100}): download it "
+                        "again") from error
+
+
+def load_tokenizer(name_or_dir):
+    """
+    The tokenizer of a folder or hub repository: its SentencePiece model, tokenizer.json, or vocab
+    and merges; gpt2 where it has none of them. Raises UserError for other kinds.
+    """
+    for name in ("tokenizer.model", "tokenizer.json"):
+        if path := fetch(name_or_dir, name):
+            return read_tokenizer(path)
+    vocab, merges = fetch(name_or_dir, "vocab.json"), fetch(name_or_dir, "merges.txt")
+    if not (vocab and merges):
+        return Tokenizer("gpt2")
+    from tokenizers import models
+    bpe = byte_level(models.BPE.from_file(str(vocab), str(merges)))
+    bpe.add_special_tokens([END_OF_TEXT])
+    return Tokenizer(str(name_or_dir), bpe.to_str())

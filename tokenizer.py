@@ -110,6 +110,13 @@ def fetch_gpt2_from_hub():
             f"mirror of the hub ({type(error).__name__})") from error
 
 
+def byte_spelling():
+    """{byte: the printable character that spells it} in the vocabulary of a byte-level BPE."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    unprintable = sorted(set(range(256)) - set(printable))  # spelled chr(256), chr(257), ...
+    return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(unprintable)}
+
+
 def load_bpe(tokenizer_json):
     """A byte-level BPE from the text of a tokenizer.json, as load_gpt2 returns it."""
     import tokenizers
@@ -120,10 +127,7 @@ def load_bpe(tokenizer_json):
     if '"ByteLevel"' not in tokenizer_json:
         raise UserError("only byte-level BPE tokenizers are supported: train one with bpe:N")
     bpe.encode_special_tokens = True  # special tokens in a text are text
-    # the vocabulary spells each byte as a printable character
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    unprintable = sorted(set(range(256)) - set(printable))  # spelled chr(256), chr(257), ...
-    byte_of = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(unprintable)}
+    byte_of = {char: byte for byte, char in byte_spelling().items()}
     table = {}
     for token, i in bpe.get_vocab().items():
         spelled = token != END_OF_TEXT and all(char in byte_of for char in token)
@@ -169,15 +173,22 @@ def import_sentencepiece():
     return sentencepiece
 
 
+def byte_level(model):
+    """A Hugging Face tokenizer that splits text as GPT-2 does, around a tokenizers.models.BPE."""
+    from tokenizers import Tokenizer as HFTokenizer
+    from tokenizers import decoders, pre_tokenizers
+    bpe = HFTokenizer(model)
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    return bpe
+
+
 def train_bpe(texts, vocab_size):
     """Train a byte-level BPE of `vocab_size` tokens with GPT-2's splitting rule, eot last."""
     if vocab_size < 257:
         raise UserError(f"bpe:{vocab_size} is too small: 256 bytes and end-of-text need bpe:257")
-    from tokenizers import Tokenizer as HFTokenizer
-    from tokenizers import decoders, models, pre_tokenizers, trainers
-    bpe = HFTokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
+    from tokenizers import models, pre_tokenizers, trainers
+    bpe = byte_level(models.BPE())
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     bpe.train_from_iterator(texts, trainers.BpeTrainer(
         vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=False))

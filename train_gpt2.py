@@ -16,6 +16,7 @@ import os
 import sys
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -31,8 +32,10 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 import fineweb
 import hellaswag
+import logs
 import machines
 import parallel
+import plot
 import pretrained
 import sample
 from checkpoints import (
@@ -43,7 +46,6 @@ from checkpoints import (
     resolve_checkpoint,
     resume,
     save_checkpoint,
-    start_log_dir,
 )
 from cli import keep_memory
 from devices import (
@@ -395,6 +397,9 @@ class TrainConfig:
     keep_last: int = knob(3, "checkpoints to keep, the newest ones; 0: all")
     keep_every: int = knob(5000, "keep the checkpoints at multiples of this, too; 0: none")
     print_every: int = knob(1, "updates between printed lines; log.txt has them all")
+    plot_every: int = knob(1000, "updates between drawings of log_dir/loss.png; 0: only at the end")
+    tensorboard: bool = knob(False, "what log.txt gets goes to TensorBoard too")
+    wandb: str | None = knob(None, "what log.txt gets goes to this wandb project too")
     # machine
     device: str = knob("auto", "auto, cpu, cuda, cuda:N or mps")
     dtype: str = knob("auto", "of autocast", choices=("auto", "float32", "bfloat16", "float16"))
@@ -608,17 +613,12 @@ class Run:
     recipe: dict[str, Any]
     start_step: int
     resumed_from: str | None
+    log: Callable = lambda step, **values: None  # on the master, log.txt's
 
     def print0(self, *args):
         """Print on the master only."""
         if self.processes.master_process:
             print(*args, flush=True)
-
-    def log(self, step, **values):
-        """Append lines of "step stream value" to log.txt."""
-        if self.processes.master_process:
-            with open(Path(self.config.log_dir) / "log.txt", "a", encoding="utf-8") as file:
-                file.writelines(f"{step} {name} {value:.6g}\n" for name, value in values.items())
 
 
 def set_up(config):
@@ -757,7 +757,11 @@ def train(config):
     """
     run = set_up(config)
     device, start_step = run.processes.device, run.start_step
-    on_master(run.processes, lambda: start_log_dir(config.log_dir, start_step, run.resumed_from))
+
+    def open_log():
+        run.log = logs.open_logger(config, start_step, run.resumed_from)
+
+    on_master(run.processes, open_log)
     batches = run.train_loader.batches(start_step, device)
     result = dict.fromkeys(("train_loss", "val_loss", "bits_per_byte", "checkpoint"))
     start_time, bad_steps, stop, save_now = time.time(), 0, False, False
@@ -771,6 +775,8 @@ def train(config):
             if stop:
                 break
             evaluate(run, step, result)
+            if due(config.plot_every, step, config) and run.processes.master_process:
+                plot.try_to_plot(config.log_dir)
             if step == config.max_steps:
                 break
 

@@ -1,5 +1,6 @@
 """A local server that speaks enough of the hub's protocol, and misbehaves when told to."""
 
+import base64
 import hashlib
 import http.server
 import json
@@ -14,6 +15,9 @@ class FakeHub(http.server.ThreadingHTTPServer):
     `faults` is a list of what happens to the next downloads: a status code (429 with Retry-After),
     "cut" (the connection ends half way) or "short" (the length is announced too small). A fault
     that is the last of the list and marked "for ever" stays.
+
+    Who brings the token "secret" may create repositories of models (those in `private` were asked
+    to be) and upload to them: weights as LFS objects, other files inside the commit.
     """
 
     sha = "0123456789abcdef0123456789abcdef01234567"
@@ -21,6 +25,7 @@ class FakeHub(http.server.ThreadingHTTPServer):
     def __init__(self, repositories):
         super().__init__(("127.0.0.1", 0), Handler)
         self.repositories, self.faults, self.downloads = repositories, [], []
+        self.private, self.objects = [], {}  # names, {sha256: bytes}
         self.url = f"http://127.0.0.1:{self.server_port}"
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
@@ -61,9 +66,58 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     do_HEAD = do_GET
 
+    def read_body(self):
+        if "Content-Length" in self.headers:
+            return self.rfile.read(int(self.headers["Content-Length"]))
+        body = b""  # in chunks, each after its length
+        while length := int(self.rfile.readline(), 16):
+            body += self.rfile.read(length)
+            self.rfile.readline()
+        self.rfile.readline()
+        return body
+
     def do_POST(self):
-        self.rfile.read(int(self.headers["Content-Length"]))
-        self.do_GET()
+        body, path = self.read_body(), self.path.split("?")[0].strip("/")
+        if path == "api/validate-yaml":  # the head of a README.md
+            return self.send_json({"errors": [], "warnings": []})
+        if not re.search(r"repos/create$|/preupload/|/objects/batch$|/commit/", path):
+            return self.do_GET()
+        if self.headers.get("Authorization") != "Bearer secret":
+            return self.reply(b"{}", 401)
+        lines = [json.loads(line) for line in body.splitlines()]
+        if path == "api/repos/create":
+            return self.create(lines[0])
+        if path.endswith("/objects/batch"):
+            return self.send_json({"transfer": "basic", "objects": [
+                {**o, "actions": {"upload": {"href": f"{self.server.url}/put/{o['oid']}"}}}
+                for o in lines[0]["objects"]]})
+        if "/preupload/" in path:
+            return self.send_json({"files": [
+                {"path": f["path"], "shouldIgnore": False,
+                 "uploadMode": "lfs" if f["path"].endswith(".safetensors") else "regular"}
+                for f in lines[0]["files"]]})
+        return self.commit(path.split("/commit/")[0].removeprefix("api/models/"), lines)
+
+    def create(self, wish):
+        name = "/".join(filter(None, (wish.get("organization"), wish["name"])))
+        if name in self.server.repositories:
+            return self.reply(json.dumps({"url": f"{self.server.url}/{name}"}).encode(), 409)
+        self.server.repositories[name] = {}
+        if wish.get("private") or wish.get("visibility") == "private":
+            self.server.private.append(name)
+        return self.send_json({"url": f"{self.server.url}/{name}", "name": name})
+
+    def commit(self, name, lines):
+        for value in (line["value"] for line in lines if line["key"] in ("file", "lfsFile")):
+            self.server.repositories[name][value["path"]] = (
+                self.server.objects[value["oid"]] if "oid" in value
+                else base64.b64decode(value["content"]))
+        self.send_json({"commitUrl": f"{self.server.url}/{name}/commit/{self.server.sha}",
+                        "commitOid": self.server.sha, "commitMessage": "", "commitDescription": ""})
+
+    def do_PUT(self):
+        self.server.objects[self.path.split("/")[-1]] = self.read_body()
+        self.reply(b"")
 
     def send_json(self, value):
         self.reply(json.dumps(value).encode(), Content_Type="application/json")
