@@ -19,8 +19,9 @@ from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
+from datetime import timedelta
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import numpy as np
 import torch
@@ -584,14 +585,6 @@ def due(every, step, config):
     return step == config.max_steps or (every > 0 and step % every == 0)
 
 
-def format_seconds(seconds):
-    """1h02m, 2m13s or 13s."""
-    minutes, seconds = divmod(int(seconds), 60)
-    if minutes < 60:
-        return f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
-    return f"{minutes // 60}h{minutes % 60:02d}m"
-
-
 @dataclass
 class Run:
     """What a run is made of, once everything is set up. Only the weights and the step change."""
@@ -610,7 +603,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     keep_grads: bool  # CUDA graphs write gradients to the same memory every time
-    recipe: dict[str, Any]
+    recipe: dict
     start_step: int
     resumed_from: str | None
     log: Callable = lambda step, **values: None  # on the master, log.txt's
@@ -665,18 +658,18 @@ def set_up(config):
 
 
 def save(run, step):
-    """Write model_{step}.pt and drop old ones. Returns its name; None if it cannot be written."""
+    """Write model_{step}.pt and drop old ones. Returns its path; None if it cannot be written."""
     config, start = run.config, time.time()
+    extra = {"config": asdict(config), "tokenizer": run.tokenizer.state(), "recipe": run.recipe}
     try:
-        path = save_checkpoint(config.log_dir, step, run.raw_model, run.optimizer, run.scaler, {
-            "config": asdict(config), "tokenizer": run.tokenizer.state(), "recipe": run.recipe})
-        if path is not None:
-            run.print0(f"saved {path} in {time.time() - start:.1f}s")
-            prune_checkpoints(config.log_dir, config.keep_last, config.keep_every)
+        path = save_checkpoint(
+            config.log_dir, step, run.raw_model, run.optimizer, run.scaler, extra)
     except OSError as error:  # a full disk may have room again by the next time
-        run.print0(f"warning: step {step} is not saved, training goes on, and older checkpoints "
-                   f"stay: {error}")
-        return None
+        return run.print0(f"warning: step {step} is not saved, training goes on, and older "
+                          f"checkpoints stay: {error}")
+    run.print0(f"saved {path} in {time.time() - start:.1f}s")
+    if run.processes.master_process:
+        prune_checkpoints(config.log_dir, config.keep_last, config.keep_every)
     return path and str(path)
 
 
@@ -687,7 +680,7 @@ def evaluate(run, step, result):
     samples_due = due(config.sample_every, step, config)
     if not (due(config.eval_every, step, config) or hellaswag_due or samples_due):
         return
-    free_cache(processes.device)  # evaluation needs blocks of other sizes than training has left
+    free_cache(processes.device)  # evaluation needs blocks of other sizes than training left
     model = parallel.whole_copy(run.raw_model, processes.device)
     if due(config.eval_every, step, config):
         val_loss = evaluate_loss(model, run.val_loader, run.val_tokens, processes, run.dtype)
@@ -757,11 +750,8 @@ def train(config):
     """
     run = set_up(config)
     device, start_step = run.processes.device, run.start_step
-
-    def open_log():
-        run.log = logs.open_logger(config, start_step, run.resumed_from)
-
-    on_master(run.processes, open_log)
+    on_master(run.processes, lambda: setattr(
+        run, "log", logs.open_logger(config, start_step, run.resumed_from)))
     batches = run.train_loader.batches(start_step, device)
     result = dict.fromkeys(("train_loss", "val_loss", "bits_per_byte", "checkpoint"))
     start_time, bad_steps, stop, save_now = time.time(), 0, False, False
@@ -801,7 +791,7 @@ def train(config):
                 run.print0(f"step {step:5d} | loss: {train_loss:.6f} | lr {lr:.4e} | "
                            f"norm: {norm:.4f} | dt: {1000 * dt:.2f}ms | "
                            f"tok/sec: {config.total_batch_size / dt:.2f} | "
-                           f"eta {format_seconds(eta)}")
+                           f"eta {timedelta(seconds=int(eta))}")
     batches.close()
     return result | {"step": step, "seconds": time.time() - start_time, "stopped": stop}
 
@@ -847,7 +837,7 @@ def main():
     if not master_process:
         return
     done = "stopped by a signal at" if result["stopped"] else "trained to"
-    print(f"{done} step {result['step']} in {format_seconds(result['seconds'])}, "
+    print(f"{done} step {result['step']} in {timedelta(seconds=int(result['seconds']))}, "
           f"checkpoint: {find_checkpoint(config.log_dir)}")
     if result["checkpoint"] is None and result["step"]:
         print("error: the last checkpoint could not be written: make room and --resume",

@@ -3,6 +3,8 @@
 import json
 import sys
 import types
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -148,7 +150,8 @@ def test_as_a_process_without_torch(tmp_path):
 
 
 def log_some(config, start_step=0, **flags):
-    log = open_logger(config, start_step, **flags)
+    resumed_from = Path(config.log_dir) / "model_00002.pt" if start_step else None
+    log = open_logger(replace(config, **flags), start_step, resumed_from)
     for step in range(start_step, start_step + 3):
         log(step, val=3.0 + step)
         log(step, train=2.5, lr=1e-4)
@@ -194,19 +197,19 @@ def test_wandb_refuses_before_anything_is_written(data_dir, tmp_path, monkeypatc
     config = tiny_config(data_dir, tmp_path / "log")
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match="pip install wandb"):
-        open_logger(config, wandb="gpt2")
+        open_logger(replace(config, wandb="gpt2"))
     fake = types.ModuleType("wandb")
     fake.init = lambda **kwargs: 1 / 0
     monkeypatch.setitem(sys.modules, "wandb", fake)
     with pytest.raises(UserError, match="wandb login"):
-        open_logger(config, wandb="gpt2")
+        open_logger(replace(config, wandb="gpt2"))
     assert not (tmp_path / "log").exists()
 
 
 def test_tensorboard_is_missing(data_dir, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(UserError, match="pip install tensorboard"):
-        open_logger(tiny_config(data_dir, tmp_path / "log"), tensorboard=True)
+        open_logger(tiny_config(data_dir, tmp_path / "log", tensorboard=True))
     assert not (tmp_path / "log").exists()
 
 
