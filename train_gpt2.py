@@ -398,7 +398,7 @@ class TrainConfig:
     keep_last: int = knob(3, "checkpoints to keep, the newest ones; 0: all")
     keep_every: int = knob(5000, "keep the checkpoints at multiples of this, too; 0: none")
     print_every: int = knob(1, "updates between printed lines; log.txt has them all")
-    plot_every: int = knob(1000, "updates between drawings of log_dir/loss.png; 0: only at the end")
+    plot_every: int = knob(1000, "updates between drawings of log_dir/loss.png; 0: never")
     tensorboard: bool = knob(False, "what log.txt gets goes to TensorBoard too")
     wandb: str | None = knob(None, "what log.txt gets goes to this wandb project too")
     # machine
@@ -765,7 +765,8 @@ def train(config):
             if stop:
                 break
             evaluate(run, step, result)
-            if due(config.plot_every, step, config) and run.processes.master_process:
+            if run.processes.master_process and config.plot_every and due(
+                    config.plot_every, step, config):
                 plot.try_to_plot(config.log_dir)
             if step == config.max_steps:
                 break

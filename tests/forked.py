@@ -80,7 +80,7 @@ def run(job):
     for kill in range(job.get("kills", 0)):
         pid = start(job, 0, None)
         before = max(list_checkpoints(log_dir), default=0)
-        wait_for_step(log_dir, before + rng.randrange(10 if kill else 1))
+        wait_for_step(log_dir, before + rng.randrange(6 if kill else 1))
         time.sleep(rng.uniform(0, 0.05))
         os.kill(pid, signal.SIGKILL)
         assert os.waitpid(pid, 0)[1] == signal.SIGKILL, "it was not the kill that ended it"

@@ -2,10 +2,11 @@
 
 import json
 import shutil
+from dataclasses import asdict
 
 import pytest
 import torch
-from conftest import ROOT, run_script, small_text
+from conftest import ROOT, run_script, small_text, tiny_config
 from fake_hub import FakeHub
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
@@ -16,7 +17,7 @@ import sample
 import tokenizer as tokenizers_of_ours
 from checkpoints import load_checkpoint, load_tokenizer, save_checkpoint
 from fineweb import UserError
-from train_gpt2 import GPT, GPTConfig, TrainConfig, load_model
+from train_gpt2 import GPT, GPTConfig, TrainConfig, load_model, train
 
 # in a row of asterisks spm has several best segmentations, and any of them is right
 TEXT = small_text(5000).replace("*", "") + " " + export_hf.PROBE
@@ -33,7 +34,8 @@ def save_run(log_dir, tokenizer, scale=8.0, **config):
     log_dir.mkdir(exist_ok=True)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     save_checkpoint(log_dir, 7, model, model.configure_optimizers(0.1, 1e-3), scaler,
-                    TrainConfig(log_dir=str(log_dir), **config), tokenizer)
+                    {"config": asdict(TrainConfig(log_dir=str(log_dir), **config)),
+                   "tokenizer": tokenizer.state()})
     return log_dir
 
 
@@ -207,21 +209,21 @@ def foreign(tmp_path_factory):
     return model, folder
 
 
-def test_training_starts_from_a_foreign_folder(foreign, tmp_path):
+def test_training_starts_from_a_foreign_folder(foreign, text_file, tmp_path):
     model, folder = foreign
     ours = load_model(str(folder))
     idx = torch.randint(257, (2, 40))
     with torch.no_grad():
         assert (ours(idx)[0] - model(idx).logits).abs().max() < 1e-4
-    path = save_checkpoint(tmp_path, 1, ours, ours.configure_optimizers(0.1, 1e-3),
-                           torch.amp.GradScaler("cpu", enabled=False),
-                           TrainConfig(init_from="someone/model"),
-                           tokenizers_of_ours.train_bpe([small_text()], 257))
-    out = export_hf.export(path, tmp_path / "out")  # and round again
-    assert "base_model: someone/model" in (out / "README.md").read_text()
-    with torch.no_grad():
-        logits = AutoModelForCausalLM.from_pretrained(out)(idx).logits
-    assert torch.allclose(logits, model(idx).logits, atol=1e-4)
+    fineweb.prepare([str(text_file)], tmp_path / "data", "bpe:257")
+    for lr, atol in ((0.0, 1e-4), (1e-3, 10)):
+        train(tiny_config(tmp_path / "data", tmp_path / str(lr), init_from=str(folder),
+                          max_steps=2, max_lr=lr, min_lr=lr))
+        out = export_hf.export(tmp_path / str(lr), tmp_path / f"out{lr}")  # and round again
+        with torch.no_grad():
+            logits = AutoModelForCausalLM.from_pretrained(out)(idx).logits
+            assert torch.allclose(logits, model(idx).logits, atol=atol)
+    assert not torch.allclose(logits, model(idx).logits, atol=1e-2)  # the second one learned
 
 
 @pytest.fixture

@@ -55,7 +55,7 @@ def test_resumed_run_equals_straight_run_bit_for_bit(data_dir, tmp_path, capsys,
     train(config)
     broken = replace(config, log_dir=str(tmp_path / "broken"))
     shutil.copytree(tmp_path / "straight", tmp_path / "broken")
-    for step in (4, 8):
+    for step in (8,) if config.compile else (4, 8):  # compiling takes seconds
         forget_after(tmp_path / "broken", step)
         train(replace(broken, resume="newest"))
         assert f"at step {step}" in capsys.readouterr().out
@@ -113,7 +113,7 @@ def test_another_recipe_is_refused(data_dir, log_dir, tmp_path, text_file):
         train(tiny_config(data_dir, log_dir, resume="newest", n_layer=3, resume_anyway=True))
     with pytest.raises(UserError, match="at step 6 already"):
         train(tiny_config(data_dir, log_dir, resume="newest", max_steps=5, resume_anyway=True))
-    assert sorted(os.listdir(log_dir)) == ["log.txt", "model_00006.pt"]
+    assert sorted(os.listdir(log_dir)) == ["log.txt", "model_00006.pt", "run.json"]
     longer = replace(other, log_dir=str(tmp_path / "b"), resume=str(log_dir), max_steps=8)
     assert train(replace(longer, resume_anyway=True))["step"] == 8
 
@@ -183,21 +183,20 @@ def test_a_full_disk_ends_nothing_but_the_checkpoint(data_dir, tmp_path):
     assert "File too large" in done.stdout and "the last checkpoint could not" in done.stderr
     assert list(list_checkpoints(tmp_path)) == [2] and not list(tmp_path.glob("*.tmp"))
     assert (tmp_path / "log.txt").read_text() == straight
-    done = run_script(ROOT / "train_gpt2.py", *flags, "--resume")
-    assert done.returncode == 0, done.stderr
+    train(tiny_config(data_dir, tmp_path, save_every=2, max_steps=8, resume="newest"))
     resumed = torch.load(tmp_path / "model_00008.pt", weights_only=True)["model"]
     assert all(torch.equal(expected[name], resumed[name]) for name in expected)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_killed_21_times_ends_with_the_same_weights(data_dir, tmp_path):
-    config = TINY | dict(data_dir=str(data_dir), max_steps=300, save_every=1, keep_last=2,
+    config = TINY | dict(data_dir=str(data_dir), max_steps=120, save_every=1, keep_last=2,
                          keep_every=0, eval_every=50, sample_every=0)
-    jobs = [{"config": config | {"log_dir": str(tmp_path / "straight")}},
+    jobs = [{"config": config | {"log_dir": str(tmp_path / "straight"), "save_every": 0}},
             {"config": config | {"log_dir": str(tmp_path / "broken")}, "kills": 21}]
     straight, broken = forked(tmp_path, jobs)
     assert straight["codes"] == broken["codes"] == [0]
-    expect_same_state(*(tmp_path / name / "model_00300.pt" for name in ("straight", "broken")))
+    expect_same_state(*(tmp_path / name / "model_00120.pt" for name in ("straight", "broken")))
     logs = [(tmp_path / name / "log.txt").read_text() for name in ("straight", "broken")]
     assert logs[0] == logs[1]
 

@@ -83,6 +83,7 @@ def test_half_precision_is_not_packed(model):
 
 
 def test_the_model_compiles_to_whole_graphs_of_any_length(model):
+    torch._dynamo.reset()  # what other tests compiled does not count
     plain = generate(model, [1, 2, 3], 100, 100, num_samples=2, max_new_tokens=50)
     compiled = copy.deepcopy(model)
     # no C++ compiler needed: it is the tracing that broke, or began anew for every token

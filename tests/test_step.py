@@ -148,7 +148,7 @@ if sys.argv[2] == "kept":
 for i in range(20):  # the first few find their places
     if i == 10:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.ones(40, 2**20).sum()
+    torch.ones(10, 2**20).sum()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
