@@ -1,6 +1,7 @@
 """
 Every speed this project claims, each beside a peer, measured in one run.
 
+    python bench.py                 # all of them, half an hour
     python bench.py data            # text to shards, beside build-nanogpt's way and bare tiktoken
     python bench.py loader          # reading batches, beside a training step
     python bench.py hellaswag       # examples a second, beside scoring them one by one
@@ -532,9 +533,13 @@ def main():
     """The command line."""
     parser = OneLineParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("which", choices=tuple(BENCHES))
+    parser.add_argument("which", nargs="?", choices=tuple(BENCHES), help="all, if left out")
     args = parser.parse_args()
-    print(json.dumps({args.which: BENCHES[args.which]()}))
+    results = {}
+    for name in [args.which] if args.which else BENCHES:
+        print(f"-- {name}", flush=True)
+        results[name] = BENCHES[name]()
+    print(json.dumps(results))
 
 
 if __name__ == "__main__":

@@ -99,6 +99,15 @@ def model_flops_utilization(flops_per_sec, device_name, world_size=1):
     return flops_per_sec / (peaks[0] * 1e12 * world_size) if peaks and peaks[0] else None
 
 
+def format_mfu(processes, dtype, flops_per_sec):
+    """The end of a step's line for GPUs whose peak is known, empty elsewhere."""
+    if processes.device.type != "cuda" or dtype == torch.float32:
+        return ""
+    name = torch.cuda.get_device_name(processes.device)
+    mfu = model_flops_utilization(flops_per_sec, name, processes.ddp_world_size)
+    return "" if mfu is None else f" | mfu {mfu:.1%}"
+
+
 class Processes(NamedTuple):
     """This process among those that torchrun started; alone, the only one of one."""
 
@@ -176,7 +185,8 @@ def on_master(processes, function):
 
 
 def free_cache(device):
-    """Give memory that torch keeps for reuse back to the device: other shapes need other blocks."""
+    """Drop garbage, and give memory that torch keeps back to the device: other shapes need it."""
+    gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
     elif device.type == "mps":

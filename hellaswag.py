@@ -352,6 +352,15 @@ def evaluate(model, tokenizer, examples, device, rank=0, world_size=1, lm_eval_s
 # comparing two models
 
 
+def summarize(model, tokenizer, examples, processes):
+    """(a line about the accuracy on examples, the accuracy), over all processes."""
+    start = time.time()
+    total, _, correct, _ = evaluate(model, tokenizer, examples, *processes)
+    line = (f"HellaSwag accuracy: {correct}/{total}={correct / total:.4f} | standard error "
+            f"{standard_error(correct, total):.4f} | {time.time() - start:.1f}s")
+    return line, correct / total
+
+
 def mcnemar(only_a, only_b):
     """
     Two-sided p of McNemar's exact test: how often a fair coin parts the examples that just one of

@@ -52,6 +52,8 @@ from cli import keep_memory
 from devices import (
     Processes,
     autocast,
+    flops_per_token,
+    format_mfu,
     free_cache,
     init_distributed,
     on_master,
@@ -520,16 +522,6 @@ def evaluate_loss(raw_model, loader, val_tokens, processes, dtype):
     return sum_over_ranks([loss_sum], processes.device)[0] / num_sequences
 
 
-def evaluate_hellaswag(raw_model, tokenizer, examples, processes, dtype):
-    """The line to print, and the accuracy, over all ranks."""
-    start = time.time()
-    with autocast(processes.device, dtype):
-        total, _, correct, _ = hellaswag.evaluate(raw_model, tokenizer, examples, *processes)
-    line = (f"HellaSwag accuracy: {correct}/{total}={correct / total:.4f} | standard error "
-            f"{hellaswag.standard_error(correct, total):.4f} | {time.time() - start:.1f}s")
-    return line, correct / total
-
-
 def print_samples(raw_model, tokenizer, config):
     """Four samples, drawn with generators of their own: training does not notice."""
     rows = sample.generate(raw_model, tokenizer.encode(config.sample_prompt), tokenizer.eot,
@@ -603,6 +595,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     keep_grads: bool  # CUDA graphs write gradients to the same memory every time
+    flops_per_update: float
     recipe: dict
     start_step: int
     resumed_from: str | None
@@ -652,9 +645,11 @@ def set_up(config):
     keep_grads = use_compile and device.type == "cuda" and config.compile_mode != "default"
     for p in raw_model.parameters() if keep_grads else ():
         p.grad = torch.zeros_like(p)
+    flops = config.total_batch_size * flops_per_token(
+        sum(p.numel() for p in raw_model.parameters()), raw_model.config, config.T)
     return Run(config, processes, dtype, grad_accum_steps, tokenizer, train_loader, val_loader,
-               val_tokens, hellaswag_examples, raw_model, model, optimizer, scaler,
-               keep_grads, recipe, start_step, resumed_from)
+               val_tokens, hellaswag_examples, raw_model, model, optimizer, scaler, keep_grads,
+               flops, recipe, start_step, resumed_from)
 
 
 def save(run, step):
@@ -674,11 +669,12 @@ def save(run, step):
 
 
 def evaluate(run, step, result):
-    """Validation loss, HellaSwag and samples, where they are due; training does not notice."""
+    """Validation loss, HellaSwag, samples, plot, where they are due; training does not notice."""
     config, processes = run.config, run.processes
     hellaswag_due = run.hellaswag_examples and due(config.hellaswag_every, step, config)
     samples_due = due(config.sample_every, step, config)
-    if not (due(config.eval_every, step, config) or hellaswag_due or samples_due):
+    plot_due = config.plot_every and due(config.plot_every, step, config)
+    if not (due(config.eval_every, step, config) or hellaswag_due or samples_due or plot_due):
         return
     free_cache(processes.device)  # evaluation needs blocks of other sizes than training left
     model = parallel.whole_copy(run.raw_model, processes.device)
@@ -693,21 +689,24 @@ def evaluate(run, step, result):
             line += f" | {result['bits_per_byte']:.4f} bits per byte"
         run.print0(line)
     if hellaswag_due:
-        line, accuracy = evaluate_hellaswag(
-            model, run.tokenizer, run.hellaswag_examples, processes, run.dtype)
+        with autocast(processes.device, run.dtype):
+            line, accuracy = hellaswag.summarize(
+                model, run.tokenizer, run.hellaswag_examples, processes)
         run.print0(line)
         run.log(step, hella=accuracy)
     if samples_due and processes.master_process:
         print_samples(model, run.tokenizer, config)
+    if plot_due and processes.master_process:
+        plot.try_to_plot(config.log_dir)
     del model
     free_cache(processes.device)
 
 
 def update(run, step, batches, signals):
     """
-    One update of the weights. Returns the mean loss (nats a token) over all micro-steps and
-    processes, the gradient norm, whether weights were updated (not if either is infinite or NaN),
-    and whether any process was asked to stop or to save.
+    One update of the weights. Returns the mean loss (nats a token) over micro-steps and processes,
+    the gradient norm, whether both are finite (no weight has changed if not), and whether any
+    process was asked to stop, or to save.
     """
     config, device, model, scaler = run.config, run.processes.device, run.model, run.scaler
     loss_accum = torch.zeros((), device=device)
@@ -749,7 +748,7 @@ def train(config):
     signal ended the run. Raises UserError for what the user can mend, before anything is written.
     """
     run = set_up(config)
-    device, start_step = run.processes.device, run.start_step
+    start_step, device = run.start_step, run.processes.device
     on_master(run.processes, lambda: setattr(
         run, "log", logs.open_logger(config, start_step, run.resumed_from)))
     batches = run.train_loader.batches(start_step, device)
@@ -765,9 +764,6 @@ def train(config):
             if stop:
                 break
             evaluate(run, step, result)
-            if run.processes.master_process and config.plot_every and due(
-                    config.plot_every, step, config):
-                plot.try_to_plot(config.log_dir)
             if step == config.max_steps:
                 break
 
@@ -792,7 +788,8 @@ def train(config):
                 run.print0(f"step {step:5d} | loss: {train_loss:.6f} | lr {lr:.4e} | "
                            f"norm: {norm:.4f} | dt: {1000 * dt:.2f}ms | "
                            f"tok/sec: {config.total_batch_size / dt:.2f} | "
-                           f"eta {timedelta(seconds=int(eta))}")
+                           f"eta {timedelta(seconds=int(eta))}"
+                           + format_mfu(run.processes, run.dtype, run.flops_per_update / dt))
     batches.close()
     return result | {"step": step, "seconds": time.time() - start_time, "stopped": stop}
 
@@ -837,8 +834,8 @@ def main():
         dist.destroy_process_group()
     if not master_process:
         return
-    done = "stopped by a signal at" if result["stopped"] else "trained to"
-    print(f"{done} step {result['step']} in {timedelta(seconds=int(result['seconds']))}, "
+    print("stopped by a signal at" if result["stopped"] else "trained to", f"step {result['step']} "
+          f"in {timedelta(seconds=int(result['seconds']))}, "
           f"checkpoint: {find_checkpoint(config.log_dir)}")
     if result["checkpoint"] is None and result["step"]:
         print("error: the last checkpoint could not be written: make room and --resume",
