@@ -1,10 +1,15 @@
-"""What the scripts share on the command line: one line for a mistake, exit code 2, no traceback."""
+"""
+What the scripts share on the command line: flags from a dataclass, and one line for a mistake, exit
+code 2, no traceback.
+"""
 
 import argparse
 import ctypes
 import os
 import sys
+from dataclasses import field, fields
 from pathlib import Path
+from typing import get_args
 
 
 class UserError(ValueError):
@@ -16,6 +21,27 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message} (--help lists the options)\n")
+
+
+def knob(default, help, **extra):
+    """A field of a dataclass that is a flag, too; `extra` goes to argparse's add_argument."""
+    return field(default=default, metadata={"help": help, **extra})
+
+
+def add_knobs(parser, config_class):
+    """Give an ArgumentParser a flag for each knob of a dataclass: --name, and --no_name if bool."""
+    for f in fields(config_class):
+        # int | None and the like: the type that is not None
+        kind = next((t for t in get_args(f.type) if t is not type(None)), f.type)
+        extra = dict(f.metadata)
+        help = extra.pop("help")
+        if kind is bool:
+            parser.add_argument(f"--{f.name}", action="store_true", default=f.default, help=help)
+            parser.add_argument(f"--no_{f.name}", dest=f.name, action="store_false",
+                                default=f.default, help=argparse.SUPPRESS)
+        else:
+            parser.add_argument(f"--{f.name}", type=kind, default=f.default,
+                                help=f"{help} (%(default)s)", **extra)
 
 
 def keep_memory():

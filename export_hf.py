@@ -275,6 +275,7 @@ def push(folder, name, private):
 
 
 def parse_args():
+    """The flags. Raises UserError for those that do not go together."""
     parser = fineweb.OneLineParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", help="a checkpoint, or a log folder: its newest one")
@@ -293,6 +294,7 @@ def parse_args():
 
 
 def main():
+    """The command line: export, then upload if it is asked for."""
     args = parse_args()
     out = export(args.source, args.out, args.dtype, args.push_to_hub)
     size = sum(path.stat().st_size for path in out.iterdir())

@@ -198,6 +198,8 @@ class Piece(NamedTuple):
     split: str | None
     file: int
     number: int  # in its file
+    size: int  # of the text in UTF-8 bytes
+    tokens: np.ndarray | None = None  # of the text, once they are known
 
 
 class ShardWriter:
@@ -257,8 +259,7 @@ class ShardWriter:
         """Add a part of a piece to the totals of its split."""
         totals = self.state["totals"][self.split]
         eot = int(first and piece.starts)
-        n_bytes = len(piece.text.encode("utf-8") if whole else
-                      self.tokenizer.decode_bytes(part[eot:]))
+        n_bytes = piece.size if whole else len(self.tokenizer.decode_bytes(part[eot:]))
         totals["tokens"] += len(part)
         totals["documents"] += eot
         totals["bytes"] += n_bytes
@@ -291,15 +292,16 @@ def split_by_bytes(pieces, train_bytes):
     """
     left, split = train_bytes, "train"
     for piece in pieces:
-        data = piece.text.encode("utf-8")
-        if split == "train" and len(data) > left:
+        if split == "train" and piece.size > left:
+            data, piece = piece.text.encode("utf-8"), piece._replace(tokens=None)
             head = data[:data.rfind(b"\n", 0, left) + 1]
             head = head or data[:left].decode("utf-8", errors="ignore").encode("utf-8")
             if head:
-                yield piece._replace(text=head.decode("utf-8"), split="train")
-            piece = piece._replace(text=data[len(head):].decode("utf-8"), starts=True)
+                yield piece._replace(text=head.decode("utf-8"), split="train", size=len(head))
+            piece = piece._replace(
+                text=data[len(head):].decode("utf-8"), starts=True, size=len(data) - len(head))
             split = "val"
-        left -= len(data)
+        left -= piece.size
         yield piece._replace(split=split)
 
 
@@ -311,7 +313,7 @@ def tokenizer_sample(pieces, skip):
             skip -= len(piece.text)
         elif piece.split != "val" and piece.text:
             yield piece.text
-            taken += len(piece.text.encode("utf-8"))
+            taken += piece.size
         if taken >= SAMPLE_BYTES:
             return
 
@@ -325,15 +327,21 @@ def tokenize(pieces, tokenizer, num_proc):
             chars += len(piece.text)
             if chars < GROUP_CHARS:
                 continue
-            texts = [p.text for p in group]
-            pending.append((group, pool.submit(tokenizer.encode_batch, texts)))
+            pending.append((group, pool.submit(tokenize_group, group, tokenizer)))
             group, chars = [], 0
             if len(pending) > 2 * num_proc:  # bounds memory, and keeps every thread busy
                 done, future = pending.popleft()
                 yield from zip(done, future.result(), strict=True)
         for done, future in pending:
             yield from zip(done, future.result(), strict=True)
-        yield from zip(group, tokenizer.encode_batch([p.text for p in group]), strict=True)
+        yield from zip(group, tokenize_group(group, tokenizer), strict=True)
+
+
+def tokenize_group(group, tokenizer):
+    """The tokens of each of some pieces; of a small corpus, most are known."""
+    new = [piece.text for piece in group if piece.tokens is None]
+    encoded = iter(tokenizer.encode_batch(new) if new else ())
+    return [next(encoded) if piece.tokens is None else piece.tokens for piece in group]
 
 
 class Corpus:
@@ -355,17 +363,27 @@ class Corpus:
         read = sources.read_inputs(
             self.inputs, [i for i in indices if i >= first[0]], self.text_column,
             tally, self.downloads, drop, self.prefetch)
-        pieces = (Piece(text, starts, None, file, number) for file, number, text, starts in read
+        pieces = (Piece(text, starts, None, file, number, len(text.encode("utf-8")))
+                  for file, number, text, starts in read
                   if (file, number) >= tuple(first))  # those before are read, but not tokenized
         return pieces if self.train_bytes is None else split_by_bytes(pieces, self.train_bytes)
 
-    def measure(self, limit, val_fraction):
-        """Whether the text is at most `limit` bytes; if so, it will be split by bytes."""
+    def measure(self, limit, val_fraction, tokenizer, num_proc):
+        """
+        Whether the text is at most `limit` bytes; if so, it will be split by bytes. What is going
+        to be kept is tokenized meanwhile, if there is a `tokenizer` yet.
+        """
         if sources.is_on_hub(self.inputs):
             return False
         total, kept, tally = 0, [], Tally(quiet=True)
-        for piece in self.pieces(tally=tally):
-            total += len(piece.text.encode("utf-8"))
+        pieces = self.pieces(tally=tally)
+        # compressed text may well be four times as long
+        times = 4 if self.inputs[0].name.endswith((".gz", ".parquet")) else 1
+        if tokenizer and times * sum(item.size for item in self.inputs) <= KEPT_BYTES:
+            pieces = (piece._replace(tokens=tokens)
+                      for piece, tokens in tokenize(pieces, tokenizer, num_proc))
+        for piece in pieces:
+            total += piece.size
             if total > limit:
                 return False
             if total <= KEPT_BYTES:
@@ -456,8 +474,7 @@ def prepare(source, out, tokenizer="gpt2", config=None, split="train", text_colu
             num_proc=None, keep_downloads=False):
     """
     Write the folder of shards `out` from `source`, a list as sources.list_inputs takes it; returns
-    its meta, or None while other ranks are at work. Complete already: left as it is. Raises
-    UserError for what the user can mend.
+    its meta, or None while other ranks are at work. Raises UserError for what the user can mend.
 
     The first shard of `shard_size` tokens (with `max_tokens`, at most `val_fraction` of them) is
     val. A corpus too small for two shards, counting BYTES_PER_TOKEN, is split by text instead: its
@@ -473,14 +490,16 @@ def prepare(source, out, tokenizer="gpt2", config=None, split="train", text_colu
     if state is None:
         print(f"{out_dir} is complete")
         return read_meta(out_dir)
-    # what is wrong with a small source shows while it is measured, before anything is written
+    # what is wrong with a small source shows while it is measured, before anything is written;
+    # tokenizers are trained after that, when it is known what val is
     inputs = find_inputs(recipe, state, out_dir)
     corpus = Corpus(inputs, text_column, out_dir / "downloads", prefetch=max_tokens is None)
+    model = None if ":" in recipe["tokenizer"] else make_tokenizer(recipe["tokenizer"], None)
     small = corpus.measure(min(2 * shard_size * BYTES_PER_TOKEN, max_tokens or math.inf),
-                           val_fraction)
+                           val_fraction, model, num_proc)
     val_size = min(shard_size, int(max_tokens * val_fraction) or 1) if max_tokens else shard_size
-    skip = int(1.5 * BYTES_PER_TOKEN * val_size)  # more than val takes of a large corpus
-    model = make_tokenizer(recipe["tokenizer"], lambda: tokenizer_sample(corpus.pieces(), skip))
+    model = model or make_tokenizer(recipe["tokenizer"], lambda: tokenizer_sample(
+        corpus.pieces(), int(1.5 * BYTES_PER_TOKEN * val_size)))  # more than val takes of it
 
     mine = range(len(inputs))[rank::world_size]
     if small:  # nothing to share: rank 0 does it alone, and from the start

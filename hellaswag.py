@@ -405,6 +405,7 @@ def compare(path_a, path_b):
 
 
 def parse_args():
+    """The flags. Raises UserError for those that do not go together."""
     parser = fineweb.OneLineParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="checkpoint, log folder, Hugging Face folder or hub name "
@@ -509,6 +510,7 @@ def run(args, processes):
 
 
 def main():
+    """The command line: compare two files of results, or score a model."""
     keep_memory()
     args = parse_args()
     if args.compare:

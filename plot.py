@@ -142,6 +142,7 @@ def try_to_plot(log_dir):
 
 
 def parse_args():
+    """The flags."""
     parser = fineweb.OneLineParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("log_dirs", nargs="*", default=["log"], metavar="LOGDIR",
@@ -151,6 +152,7 @@ def parse_args():
 
 
 def main():
+    """The command line: draw, and say where."""
     args = parse_args()
     out = Path(args.out or Path(args.log_dirs[0]) / "loss.png")
     plot(args.log_dirs, out)

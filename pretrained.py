@@ -102,13 +102,12 @@ def copy_weights(model, name_or_dir):
             if param.shape != tensor.shape:
                 raise UserError(f"{name_or_dir}: {name} has shape {tuple(tensor.shape)}, but "
                                 f"config.json says {tuple(param.shape)}")
-            if name not in missing:  # stored under both of its names
-                if not torch.equal(param.data, tensor.to(param.dtype)):
-                    raise UserError(f"{name_or_dir} is no GPT-2: its lm_head is untied, another "
-                                    "matrix than transformer.wte")
-                continue
+            # stored under both of its names: once is enough
+            if name not in missing and not torch.equal(param.data, tensor.to(param.dtype)):
+                raise UserError(f"{name_or_dir} is no GPT-2: its lm_head is untied, another "
+                                "matrix than transformer.wte")
             param.data.copy_(tensor)
-            missing.remove(name)
+            missing.discard(name)
     if missing:
         raise UserError(f"{name_or_dir} lacks the tensors {', '.join(sorted(missing))}")
 

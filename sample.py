@@ -493,6 +493,7 @@ def load(args):
 
 
 def main():
+    """The command line: samples, or a conversation."""
     keep_memory()
     args = parse_args()
     if args.safe:

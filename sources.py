@@ -223,8 +223,11 @@ def read_file(path, text_column, tally):
         if not isinstance(text, str):
             tally.skip(f"{path}, {where}", f"no text in column {text_column!r}")
             continue
-        # JSON can spell half a surrogate pair, which UTF-8 cannot
-        yield from cut_in_pieces(text.encode("utf-8", errors="replace").decode("utf-8"))
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:  # JSON can spell half a surrogate pair, which UTF-8 cannot
+            text = text.encode("utf-8", errors="replace").decode("utf-8")
+        yield from cut_in_pieces(text)
 
 
 def read_txt(path):

@@ -18,10 +18,9 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 import torch
@@ -48,7 +47,7 @@ from checkpoints import (
     resume,
     save_checkpoint,
 )
-from cli import keep_memory
+from cli import add_knobs, keep_memory, knob
 from devices import (
     Processes,
     autocast,
@@ -352,11 +351,6 @@ class DataLoaderLite:
 # configuration
 
 
-def knob(default, help, **extra):
-    """A field of TrainConfig with the help text of its flag."""
-    return field(default=default, metadata={"help": help, **extra})
-
-
 @dataclass
 class TrainConfig:
     """Every knob of a run. The defaults are GPT-2 124M on 10B tokens of FineWeb-EDU."""
@@ -438,18 +432,7 @@ def parse_config(argv=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=(*PRESETS, "auto", *machines.MACHINES),
                         help="values for other flags: a run, or what suits a machine")
-    for f in fields(TrainConfig):
-        # int | None and the like: the type that is not None
-        kind = next((t for t in get_args(f.type) if t is not type(None)), f.type)
-        flag, help = f"--{f.name}", f.metadata["help"]
-        if kind is bool:
-            parser.add_argument(flag, action="store_true", default=f.default, help=help)
-            parser.add_argument(f"--no_{f.name}", dest=f.name, action="store_false",
-                                default=f.default, help=argparse.SUPPRESS)
-        else:
-            extra = {key: value for key, value in f.metadata.items() if key != "help"}
-            parser.add_argument(flag, type=kind, default=f.default, help=f"{help} (%(default)s)",
-                                **extra)
+    add_knobs(parser, TrainConfig)
     preset = parser.parse_known_args(argv)[0].preset
     if preset in PRESETS:
         parser.set_defaults(**PRESETS[preset])
@@ -752,7 +735,8 @@ def train(config):
     on_master(run.processes, lambda: setattr(
         run, "log", logs.open_logger(config, start_step, run.resumed_from)))
     batches = run.train_loader.batches(start_step, device)
-    result = dict.fromkeys(("train_loss", "val_loss", "bits_per_byte", "checkpoint"))
+    result = dict.fromkeys(("train_loss", "val_loss", "bits_per_byte"))
+    result["checkpoint"] = run.resumed_from
     start_time, bad_steps, stop, save_now = time.time(), 0, False, False
     with Signals() as signals, paused_garbage_collection():
         # one round more than updates: the last update is saved and evaluated too
