@@ -1,5 +1,5 @@
 """
-Every speed this project claims, each beside a peer, measured in one run.
+The speeds this project claims, beside a peer where there is one, measured in one run.
 
     python bench.py                 # all of them, half an hour
     python bench.py data            # text to shards, beside build-nanogpt's way and bare tiktoken

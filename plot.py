@@ -125,7 +125,7 @@ def label_x(axes, over_tokens, batch):
 
 
 def draw_references(panels):
-    """Dashed lines at the published figures."""
+    """Dotted lines at the published figures."""
     for stream, axes in panels.items():
         for value, name in REFERENCES[stream]:
             axes.axhline(value, color="gray", linestyle=":")
