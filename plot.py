@@ -77,11 +77,12 @@ def plot(log_dirs, out):
     over_tokens = len(batches) > 1 and None not in batches
     figure = Figure(figsize=(12, 8), layout="constrained")  # no pyplot: no window, no state
     loss, hella, lr, norm = figure.subplots(2, 2, width_ratios=(3, 2)).flat
+    panels = (hella, "hella"), (lr, "lr"), (norm, "norm")
     for i, (log_dir, log, run) in enumerate(zip(log_dirs, logs, runs, strict=True)):
         scale = run["total_batch_size"] if over_tokens else 1
         draw = dict(color=f"C{i}", label=Path(log_dir).resolve().name)
         draw_loss(loss, log, scale, draw)
-        for axes, stream in ((hella, "hella"), (lr, "lr"), (norm, "norm")):
+        for axes, stream in panels:
             steps, values = log.get(stream, ((), ()))
             values = smooth(values) if stream == "norm" else values
             axes.plot(np.multiply(steps, scale), values, "." * (len(steps) == 1) or "-", **draw)
@@ -90,6 +91,9 @@ def plot(log_dirs, out):
         axes.set_title(title)
         axes.grid(alpha=0.3)
         label_x(axes, over_tokens, next(iter(batches)) if len(batches) == 1 else None)
+    for axes, stream in panels:
+        if not any(stream in log for log in logs):
+            axes.set_axis_off()  # an empty grid would look like a failure
     if all(map(is_fineweb_edu, runs)):
         draw_references({"val": loss, "hella": hella})
     loss.legend()

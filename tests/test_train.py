@@ -118,9 +118,15 @@ def test_bfloat16_autocast(data_dir, tmp_path):
     assert rounded != exact and rounded == pytest.approx(exact, abs=0.02)
 
 
-def test_evaluation_does_not_change_training(data_dir, tmp_path):
+def test_evaluation_does_not_change_training(data_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    hellaswag.DATA_FILE.parent.mkdir()
+    hellaswag.DATA_FILE.write_text(
+        '{"ctx": "A man", "endings": ["a", "b", "c", "d"], "label": 0}\n' * 3)
     train(tiny_config(data_dir, tmp_path / "a", eval_every=0, sample_every=0, save_every=0))
-    train(tiny_config(data_dir, tmp_path / "b", eval_every=1, sample_every=1, save_every=1))
+    train(tiny_config(data_dir, tmp_path / "b", eval_every=1, sample_every=1, save_every=1,
+                      hellaswag_every=1, plot_every=3))
+    assert len(read_log(tmp_path / "b", "hella")) == len(read_log(tmp_path / "b", "val")) == 7
     assert read_log(tmp_path / "a", "train") == read_log(tmp_path / "b", "train")
 
 
