@@ -19,7 +19,7 @@ import torch.distributed as dist
 import fineweb
 import pretrained
 from cli import UserError
-from devices import on_master
+from devices import on_master, sum_over_ranks
 
 CHECKPOINT_NAME = re.compile(r"model_(\d+)\.pt")
 
@@ -85,15 +85,16 @@ def find_checkpoint(log_dir):
     return steps[max(steps)] if steps else None
 
 
-def load_checkpoint(path):
+def load_checkpoint(path, mmap=True):
     """
-    A checkpoint of train_gpt2.py, or of build-nanogpt, memory-mapped on the CPU: a dict with at
-    least step, model, model_config and tokenizer. Raises UserError if it is neither.
+    A checkpoint of train_gpt2.py, or of build-nanogpt, on the CPU, memory-mapped unless told
+    otherwise: a dict with at least step, model, model_config and tokenizer. Raises UserError if it
+    is neither.
     """
     try:
         # weights_only: a checkpoint from a stranger is data, never code to run
         with torch.serialization.safe_globals(FOREIGN_CONFIGS):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         if isinstance(checkpoint.get("config"), PickledConfig):
             checkpoint = convert_foreign(checkpoint)
         missing = {"step", "model", "model_config", "tokenizer"} - set(checkpoint)
@@ -131,13 +132,17 @@ def newest_whole_checkpoint(log_dir):
             return steps[step], load_whole_checkpoint(steps[step])
         except (UserError, OSError) as error:
             print(f"warning: {error}; taking the one before")
+    if steps:
+        raise UserError(f"no checkpoint in {log_dir} can be read: see the warnings above; give "
+                        "--resume PATH, or start anew without --resume")
     return None, None
 
 
 def load_whole_checkpoint(path):
     """load_checkpoint of one to train on from: all of it is read and compared with its CRCs."""
-    checkpoint = load_checkpoint(path)
-    if "optimizer" not in checkpoint:
+    # not mapped: the optimizer keeps these tensors, and the file would stay in use when it is old
+    checkpoint = load_checkpoint(path, mmap=False)
+    if not {"optimizer", "scaler", "recipe"} <= set(checkpoint):
         raise UserError(f"{path} holds no optimizer state, so no run can be resumed from it: "
                         "start from its weights with --init_from")
     try:
@@ -161,8 +166,12 @@ def load_state(raw_model, optimizer, checkpoint):
     )
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=dist.is_initialized())
     checkpoint = checkpoint or {"model": {}, "optimizer": {}}
+    ours = [{key: group[key] for key in ("weight_decay", "betas")}
+            for group in optimizer.param_groups]
     set_model_state_dict(raw_model, checkpoint["model"], options=options)
     set_optimizer_state_dict(raw_model, optimizer, checkpoint["optimizer"], options=options)
+    for group, kept in zip(optimizer.param_groups, ours, strict=True):
+        group.update(kept)  # with --resume_anyway the flags count, not what they were
 
 
 def check_recipe(checkpoint, model_config, recipe, anyway):
@@ -189,8 +198,10 @@ def resume(config, processes, raw_model, optimizer, scaler, recipe):
     Load the checkpoint that `--resume` names into model, optimizer and scaler; returns its step and
     path, or (0, None) where there is none. The master reads it, and the others get it from there.
     """
-    # a restart by torchrun goes on with what the run has saved since
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    # a restart by torchrun goes on with what the run has saved since. Nodes count restarts each for
+    # itself: all follow the one that knows of one
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    restarted = sum_over_ranks([restarts], processes.device)[0] > 0
     if not (config.resume or config.resume_anyway or restarted):
         return 0, None
     start, checkpoint = time.time(), None

@@ -313,11 +313,12 @@ def tally(results):
 
 
 def evaluate(model, tokenizer, examples, device, rank=0, world_size=1, lm_eval_style=False,
-             batch_tokens=None, on_result=None):
+             batch_tokens=None, on_result=None, stop=lambda: False):
     """
     Score of a GPT, or of any model with `model(idx).logits`, over all ranks: every rank takes each
     world_size-th example. `on_result(number, result)` is called for those of this rank, in mixed
-    order: dicts with ind, label, loss_sums (nats), num_tokens, pred, pred_norm, truncated.
+    order: dicts with ind, label, loss_sums (nats), num_tokens, pred, pred_norm, truncated. Ends
+    early, with the score so far, when `stop()` says so.
     """
     if batch_tokens is None:  # what keeps two cores busy, or a GPU, in under 1 GB
         batch_tokens = 512 if torch.device(device).type == "cpu" else 8192
@@ -332,6 +333,8 @@ def evaluate(model, tokenizer, examples, device, rank=0, world_size=1, lm_eval_s
         sizes = [4 * max(map(len, r.rows)) for r in rendered]
     results = []
     for batch in group_by_size(sizes, batch_tokens):
+        if stop():
+            break
         sums = score(model, [rendered[i] for i in batch], device, tokenizer.vocab_size)
         for i, loss_sums in zip(batch, sums, strict=True):
             number, example = share[i]
@@ -352,10 +355,11 @@ def evaluate(model, tokenizer, examples, device, rank=0, world_size=1, lm_eval_s
 # comparing two models
 
 
-def summarize(model, tokenizer, examples, processes):
+def summarize(model, tokenizer, examples, processes, stop=lambda: False):
     """(a line about the accuracy on examples, the accuracy), over all processes."""
     start = time.time()
-    total, _, correct, _ = evaluate(model, tokenizer, examples, *processes)
+    total, _, correct, _ = evaluate(model, tokenizer, examples, *processes, stop=stop)
+    total = max(total, 1)
     line = (f"HellaSwag accuracy: {correct}/{total}={correct / total:.4f} | standard error "
             f"{standard_error(correct, total):.4f} | {time.time() - start:.1f}s")
     return line, correct / total

@@ -3,6 +3,7 @@ What a run tells while it trains: log.txt, run.json and, where asked for, Tensor
 """
 
 import itertools
+import os
 import re
 from dataclasses import asdict
 from pathlib import Path
@@ -33,9 +34,16 @@ def open_logger(config, start_step=0, resumed_from=None):
     board = (SummaryWriter(str(log_dir / "tensorboard"), purge_step=start_step or None)
              if config.tensorboard else None)
 
+    waiting = []  # lines that a full disk has no room for yet
+
     def log(step, **values):
-        with open(log_file, "a", encoding="utf-8") as file:
-            file.writelines(f"{step} {name} {value:.6g}\n" for name, value in values.items())
+        waiting.extend(f"{step} {name} {value:.6g}\n" for name, value in values.items())
+        try:
+            append(log_file, "".join(waiting))
+            waiting.clear()
+        except OSError as error:
+            if len(waiting) <= len(values):  # once, not for every step
+                print(f"warning: {log_file} waits until there is room: {error}")
         if run:
             run.log(values, step=step)
         if board:
@@ -44,6 +52,17 @@ def open_logger(config, start_step=0, resumed_from=None):
             board.flush()  # a run may be killed at any moment
 
     return log
+
+
+def append(path, text):
+    """Add text to a file, or nothing of it: raises OSError and leaves the file as it was."""
+    before = path.stat().st_size if path.exists() else 0
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(text)
+    except OSError:
+        os.truncate(path, before)
+        raise
 
 
 def import_tensorboard():

@@ -13,9 +13,21 @@ import torch
 import torch.distributed as dist
 
 import fineweb
+import parallel
 from cli import UserError
 from devices import init_distributed, pick_device, pick_dtype, sum_over_ranks
+from loss import CHUNK_ROWS
 
+DEMO_DATA, DEMO_TOKENIZER = "demo_data", "bpe:1536"
+RUNS = {
+    # two to three minutes on two CPU cores. In so short a time many small updates of a shallow
+    # model beat few of a deep one
+    "demo": dict(
+        data_dir=DEMO_DATA, n_layer=2, n_head=4, n_embd=128, block_size=64, B=8, T=64,
+        total_batch_size=512, max_steps=3_600, max_lr=3e-3, min_lr=3e-5, warmup_steps=100,
+        beta2=0.99, eval_every=1_200, val_tokens=10_000_000, hellaswag_every=0, sample_every=0,
+        sample_prompt="", save_every=1_200, print_every=100, device="cpu", dtype="float32"),
+}
 # the first five are known to run the 124M recipe on one such GPU; the others are careful guesses
 MACHINES = {
     "a100-40g": dict(B=48, dtype="bfloat16", compile=True, compile_mode="reduce-overhead"),
@@ -100,8 +112,8 @@ def estimate(shape, config, device, dtype, world_size):
     # some 17 values a token and channel are kept for backward in every layer (Korthikanti et al.
     # 2022, without dropout and scores), or only the block's input with --grad_checkpoint
     kept = L + 17 if config.grad_checkpoint else 17 * L
-    activations = config.B * config.T * (kept * C + 2 * shape.padded_vocab_size) * width
-    return state + activations, 12 * parameters
+    logits = 3 * min(CHUNK_ROWS, config.B * config.T) * shape.padded_vocab_size * 4
+    return state + config.B * config.T * kept * C * width + logits, 12 * parameters
 
 
 def free_memory(device):
@@ -109,8 +121,9 @@ def free_memory(device):
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):  # not Linux
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if "MemAvailable" in line)
+    except (OSError, StopIteration):  # not Linux
         return None
 
 
@@ -134,7 +147,7 @@ def describe(device):
     yield "compiler for --compile", os.environ.get("CXX") or compiler or "none: runs uncompiled"
 
 
-def check(config, shape):
+def check(config, shape, check_config):
     """
     Print what this machine has, what `--preset auto` would choose and what the run would take.
     Returns the exit code, the same on every process: 0, or 2 if the run could not start.
@@ -148,10 +161,12 @@ def check(config, shape):
                 problems.append(f"no {split} shards in {config.data_dir}: run python fineweb.py")
         except UserError as error:
             problems.append(str(error))
-    try:
-        count_micro_steps(config, processes.ddp_world_size)
-    except UserError as error:
-        problems.append(str(error))
+    for test in (lambda: check_config(config, processes.ddp_world_size),
+                 lambda: parallel.check_combination(config, processes, dtype)):
+        try:
+            test()
+        except UserError as error:
+            problems.append(str(error))
     memory, checkpoint = estimate(shape, config, device, dtype, processes.ddp_world_size)
     free = free_memory(device)
     if free is not None and memory > free:

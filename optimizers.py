@@ -8,6 +8,8 @@ import math
 
 import torch
 
+from devices import sum_over_ranks
+
 OPTIMIZERS = ("adamw", "adamw8bit", "muon")
 # of Muon
 MOMENTUM = 0.95
@@ -32,7 +34,8 @@ def make_optimizer(raw_model, name, weight_decay, learning_rate, betas=(0.9, 0.9
     options = dict(lr=learning_rate, betas=betas, eps=1e-8)
     if name == "adamw8bit":
         AdamW8bit = find_adamw8bit(device, verbose)
-        if AdamW8bit:
+        # all processes or none, or their weights would drift apart
+        if not sum_over_ranks([AdamW8bit is None], device)[0]:
             return AdamW8bit(groups, **options)
     # one kernel for all parameters instead of a few dozen for each
     options["fused"] = device.type in ("cuda", "mps", "cpu")

@@ -23,12 +23,15 @@ def check_combination(config, processes, dtype):
     Which of compile, gradient checkpointing, DDP and FSDP go together (README has the table).
     Returns whether to compile; raises UserError for what does not work.
     """
-    if config.optimizer == "muon" and config.compile_mode != "default":
+    if sum_over_ranks([config.B], processes.device)[0] != config.B * processes.ddp_world_size:
+        raise UserError("not all processes have the same B: give --B instead of --preset auto")
+    # worth minutes of compiling on CUDA only; on a CPU it gains nothing
+    use_compile = processes.device.type == "cuda" if config.compile is None else config.compile
+    if config.optimizer == "muon" and use_compile and config.compile_mode != "default":
         raise UserError("--optimizer muon drops gradients that CUDA graphs want kept: use "
                         "--compile_mode default")
     if not config.fsdp:
-        # worth minutes of compiling on CUDA only; on a CPU it gains nothing
-        return processes.device.type == "cuda" if config.compile is None else config.compile
+        return use_compile
     if processes.ddp_world_size == 1:
         raise UserError("--fsdp shares a model out over processes: start with torchrun "
                         "--nproc_per_node=N, or leave it out")
@@ -44,12 +47,15 @@ def check_combination(config, processes, dtype):
     return False
 
 
-def shard(raw_model):
+def shard(raw_model, processes):
     """Share parameters, gradients and optimizer state out over all processes, block by block."""
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
+    # named, or FSDP takes any accelerator there is, also for a run with --device cpu
+    mesh = init_device_mesh(processes.device.type, (processes.ddp_world_size,))
     for block in raw_model.transformer.h:
-        fully_shard(block)
-    fully_shard(raw_model)  # the embeddings and the last LayerNorm
+        fully_shard(block, mesh=mesh)
+    fully_shard(raw_model, mesh=mesh)  # the embeddings and the last LayerNorm
 
 
 def whole_copy(raw_model, device):

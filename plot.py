@@ -6,6 +6,7 @@ Draws what log.txt holds: losses, HellaSwag accuracy, learning rate and gradient
 """
 
 import argparse
+import gc
 import math
 from pathlib import Path
 
@@ -137,12 +138,18 @@ def draw_references(panels):
                           ha="right", va="bottom", fontsize=8, color="gray")
 
 
-def try_to_plot(log_dir):
-    """Draw log_dir/loss.png, as training does: what goes wrong costs a warning, never the run."""
+def try_to_plot(log_dir, master_process=True):
+    """
+    Draw log_dir/loss.png, as training does, on the master: what goes wrong costs a warning, never
+    the run.
+    """
+    if not master_process:
+        return
     try:
         plot([log_dir], Path(log_dir) / "loss.png")
     except Exception as error:
         print(f"warning: no plot of {log_dir}: {error}")
+    gc.collect()  # a figure is full of cycles, and training has the collector switched off
 
 
 def parse_args():

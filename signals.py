@@ -31,7 +31,8 @@ class Signals:
     def __exit__(self, *error):
         for number, handler in self._previous.items():
             # whoever is leaving because of a Ctrl-C can still get its repetition
-            if not (number == signal.SIGINT and self.stop and error == (None, None, None)):
+            leaving = self.stop and self._interrupted_at is not None and error[0] is None
+            if not (number == signal.SIGINT and leaving):
                 signal.signal(number, handler)
 
     def _on_stop(self, number, frame):

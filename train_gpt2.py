@@ -13,6 +13,7 @@ import argparse
 import itertools
 import math
 import os
+import signal
 import sys
 import time
 from collections import OrderedDict
@@ -414,33 +415,21 @@ RECIPE = ("total_batch_size", "T", "seed", "shuffle", "max_steps", "max_lr", "mi
           "warmup_steps", "optimizer", "weight_decay", "beta2", "grad_clip")
 
 
-DEMO_DATA, DEMO_TOKENIZER = "demo_data", "bpe:1536"
-PRESETS = {
-    # two to three minutes on two CPU cores. In so short a time many small updates of a shallow
-    # model beat few of a deep one
-    "demo": dict(
-        data_dir=DEMO_DATA, n_layer=2, n_head=4, n_embd=128, block_size=64, B=8, T=64,
-        total_batch_size=512, max_steps=3_600, max_lr=3e-3, min_lr=3e-5, warmup_steps=100,
-        beta2=0.99, eval_every=1_200, val_tokens=10_000_000, hellaswag_every=0, sample_every=0,
-        sample_prompt="", save_every=1_200, print_every=100, device="cpu", dtype="float32"),
-}
-
-
 def parse_config(argv=None):
     """(preset or None, TrainConfig) from the command line; explicit flags win over the preset."""
     parser = fineweb.OneLineParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=(*PRESETS, "auto", *machines.MACHINES),
+    parser.add_argument("--preset", choices=(*machines.RUNS, "auto", *machines.MACHINES),
                         help="values for other flags: a run, or what suits a machine")
     add_knobs(parser, TrainConfig)
     preset = parser.parse_known_args(argv)[0].preset
-    if preset in PRESETS:
-        parser.set_defaults(**PRESETS[preset])
+    if preset in machines.RUNS:
+        parser.set_defaults(**machines.RUNS[preset])
     elif preset:
         parser.set_defaults(**machines.settings(preset))
     args = vars(parser.parse_args(argv))
     preset, config = args.pop("preset"), TrainConfig(**args)
-    if preset and preset not in PRESETS:
+    if preset and preset not in machines.RUNS:
         config.B = machines.fit_B(config)
     return preset, config
 
@@ -492,12 +481,17 @@ def load_model(source, device="cpu"):
 
 
 @torch.inference_mode()
-def evaluate_loss(raw_model, loader, val_tokens, processes, dtype):
-    """Mean loss (nats a token) over the first tokens of a split, shared out over all ranks."""
+def evaluate_loss(raw_model, loader, val_tokens, processes, dtype, stop=lambda: False):
+    """
+    Mean loss (nats a token) over the first tokens of a split, shared out over all ranks; without a
+    meaning if `stop()` ends it early.
+    """
     num_sequences = max(val_tokens // loader.T, 1)
     rows = range(processes.ddp_rank, num_sequences, processes.ddp_world_size)
     loss_sum = 0.0
     for i in range(0, len(rows), loader.B):
+        if stop():
+            break
         x, y = (t.to(processes.device) for t in loader.rows(rows[i:i + loader.B]))
         with autocast(processes.device, dtype):
             _, loss = raw_model(x, y)
@@ -582,7 +576,7 @@ class Run:
     recipe: dict
     start_step: int
     resumed_from: str | None
-    log: Callable = lambda step, **values: None  # on the master, log.txt's
+    log: Callable  # (step, **values), to log.txt on the master
 
     def print0(self, *args):
         """Print on the master only."""
@@ -591,7 +585,7 @@ class Run:
 
 
 def set_up(config):
-    """A Run as `config` says, resumed if it says so; nothing is written yet."""
+    """A Run as `config` says, resumed if it says so, its log folder ready."""
     processes = init_distributed(config.device)
     device, master_process = processes.device, processes.master_process
     print0 = print if master_process else lambda *args, **kwargs: None  # only the master talks
@@ -610,7 +604,7 @@ def set_up(config):
     raw_model = build_model(config, tokenizer.vocab_size).to(device)
     raw_model.grad_checkpoint = config.grad_checkpoint
     if config.fsdp:
-        parallel.shard(raw_model)
+        parallel.shard(raw_model, processes)
     optimizer = raw_model.configure_optimizers(
         config.weight_decay, config.max_lr, (0.9, config.beta2), config.optimizer, master_process)
     # float16 gradients underflow unless the loss is scaled up; disabled, the scaler does nothing
@@ -619,6 +613,10 @@ def set_up(config):
     recipe = {name: getattr(config, name) for name in RECIPE}
     recipe["data"] = fineweb.fingerprint(config.data_dir)
     start_step, resumed_from = resume(config, processes, raw_model, optimizer, scaler, recipe)
+    loggers = [lambda step, **values: None]
+    # what takes its time comes later: a process that dies there must not find an earlier run
+    on_master(processes, lambda: loggers.append(
+        logs.open_logger(config, start_step, resumed_from)))
     model = parallel.wrap(raw_model, config, processes, use_compile)
     if use_compile:
         model = parallel.compile_or_fall_back(
@@ -632,7 +630,7 @@ def set_up(config):
         sum(p.numel() for p in raw_model.parameters()), raw_model.config, config.T)
     return Run(config, processes, dtype, grad_accum_steps, tokenizer, train_loader, val_loader,
                val_tokens, hellaswag_examples, raw_model, model, optimizer, scaler, keep_grads,
-               flops, recipe, start_step, resumed_from)
+               flops, recipe, start_step, resumed_from, loggers[-1])
 
 
 def save(run, step):
@@ -642,27 +640,36 @@ def save(run, step):
     try:
         path = save_checkpoint(
             config.log_dir, step, run.raw_model, run.optimizer, run.scaler, extra)
+        if run.processes.master_process:
+            prune_checkpoints(config.log_dir, config.keep_last, config.keep_every)
     except OSError as error:  # a full disk may have room again by the next time
         return run.print0(f"warning: step {step} is not saved, training goes on, and older "
                           f"checkpoints stay: {error}")
     run.print0(f"saved {path} in {time.time() - start:.1f}s")
-    if run.processes.master_process:
-        prune_checkpoints(config.log_dir, config.keep_last, config.keep_every)
     return path and str(path)
 
 
-def evaluate(run, step, result):
-    """Validation loss, HellaSwag, samples, plot, where they are due; training does not notice."""
+def evaluate(run, step, result, signals):
+    """
+    Validation loss, HellaSwag, samples, plot, where they are due; training does not notice. Returns
+    whether any process was asked to stop meanwhile: what is not done then is left to the resume.
+    """
     config, processes = run.config, run.processes
+
+    def stopped():
+        return sum_over_ranks([signals.stop], processes.device)[0] > 0
+
     hellaswag_due = run.hellaswag_examples and due(config.hellaswag_every, step, config)
     samples_due = due(config.sample_every, step, config)
-    plot_due = config.plot_every and due(config.plot_every, step, config)
-    if not (due(config.eval_every, step, config) or hellaswag_due or samples_due or plot_due):
-        return
+    if not (due(config.eval_every, step, config) or hellaswag_due or samples_due):
+        return False
     free_cache(processes.device)  # evaluation needs blocks of other sizes than training left
     model = parallel.whole_copy(run.raw_model, processes.device)
     if due(config.eval_every, step, config):
-        val_loss = evaluate_loss(model, run.val_loader, run.val_tokens, processes, run.dtype)
+        val_loss = evaluate_loss(model, run.val_loader, run.val_tokens, processes, run.dtype,
+                                 lambda: signals.stop)
+        if stopped():
+            return True
         result["val_loss"] = val_loss
         run.log(step, val=val_loss)
         line = f"validation loss: {val_loss:.4f}"
@@ -674,15 +681,16 @@ def evaluate(run, step, result):
     if hellaswag_due:
         with autocast(processes.device, run.dtype):
             line, accuracy = hellaswag.summarize(
-                model, run.tokenizer, run.hellaswag_examples, processes)
+                model, run.tokenizer, run.hellaswag_examples, processes, lambda: signals.stop)
+        if stopped():
+            return True
         run.print0(line)
         run.log(step, hella=accuracy)
     if samples_due and processes.master_process:
         print_samples(model, run.tokenizer, config)
-    if plot_due and processes.master_process:
-        plot.try_to_plot(config.log_dir)
     del model
     free_cache(processes.device)
+    return stopped()
 
 
 def update(run, step, batches, signals):
@@ -732,8 +740,6 @@ def train(config):
     """
     run = set_up(config)
     start_step, device = run.start_step, run.processes.device
-    on_master(run.processes, lambda: setattr(
-        run, "log", logs.open_logger(config, start_step, run.resumed_from)))
     batches = run.train_loader.batches(start_step, device)
     result = dict.fromkeys(("train_loss", "val_loss", "bits_per_byte"))
     result["checkpoint"] = run.resumed_from
@@ -747,7 +753,13 @@ def train(config):
                 signals.save = False
             if stop:
                 break
-            evaluate(run, step, result)
+            if evaluate(run, step, result, signals):
+                stop = True
+                if step > start_step and not due(config.save_every, step, config):
+                    result["checkpoint"] = save(run, step)
+                break
+            if config.plot_every and due(config.plot_every, step, config):
+                plot.try_to_plot(config.log_dir, run.processes.master_process)
             if step == config.max_steps:
                 break
 
@@ -804,14 +816,16 @@ def main():
     """The command line: build the demo's data if it is asked for, train, say what comes next."""
     # read when CUDA starts: blocks that grow leave fewer holes between evaluation and training
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    if hasattr(signal, "SIGUSR1"):
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # nothing to save before training starts
     preset, config = parse_config()
     if config.check:
-        sys.exit(machines.check(config, build_shape(config)))
+        sys.exit(machines.check(config, build_shape(config), check_config))
     keep_memory()
     master_process = os.environ.get("RANK", "0") == "0"
-    if preset == "demo" and config.data_dir == DEMO_DATA and master_process:
+    if preset == "demo" and config.data_dir == machines.DEMO_DATA and master_process:
         # under torchrun the other ranks wait for this one where they join the process group
-        fineweb.prepare(["builtin"], DEMO_DATA, DEMO_TOKENIZER)
+        fineweb.prepare(["builtin"], machines.DEMO_DATA, machines.DEMO_TOKENIZER)
     with parallel.naming_lost_processes():
         result = train(config)
     if dist.is_initialized():

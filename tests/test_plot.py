@@ -169,6 +169,25 @@ def test_log_txt_and_run_json(data_dir, tmp_path):
     assert read_log(tmp_path / "log", "val") == {0: 3, 1: 4, 2: 5, 3: 6, 4: 7}
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no file-size limit")
+def test_log_txt_waits_for_room_on_a_full_disk(data_dir, tmp_path, capsys):
+    import resource
+    log = open_logger(tiny_config(data_dir, tmp_path))
+    log(0, train=2.5)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20, limits[1]))
+    try:
+        for step in (1, 2, 3):
+            log(step, train=2.5, lr=1e-4)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert capsys.readouterr().out.count("waits until there is room") == 1
+    assert (tmp_path / "log.txt").read_text() == "0 train 2.5\n"
+    log(4, train=2.5)
+    assert list(read_log(tmp_path, "train")) == [0, 1, 2, 3, 4]
+    assert list(read_log(tmp_path, "lr")) == [1, 2, 3]
+
+
 def test_an_earlier_run_is_set_aside_whole(data_dir, tmp_path):
     config = tiny_config(data_dir, tmp_path)
     log_some(config)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -148,6 +149,29 @@ def wait_for_line(run, start):
         if line.startswith(start):
             return line
     raise AssertionError(f"no {start!r} line: {run.stderr.read()}")
+
+
+def test_a_signal_ends_evaluation_too(data_dir, tmp_path, monkeypatch):
+    """It takes minutes with 10,042 examples, and a machine that is taken away does not wait."""
+    config = tiny_config(data_dir, tmp_path / "straight", eval_every=3, sample_every=0)
+    train(config)
+    original, calls = train_gpt2.evaluate_loss, []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return original(*args)
+
+    monkeypatch.setattr(train_gpt2, "evaluate_loss", interrupted)
+    config = replace(config, log_dir=str(tmp_path / "broken"))
+    result = train(config)
+    assert result["stopped"] and result["step"] == 3
+    assert list(list_checkpoints(tmp_path / "broken")) == [3]
+    assert list(read_log(tmp_path / "broken", "val")) == [0]
+    train(replace(config, resume="newest"))
+    logs = [(tmp_path / name / "log.txt").read_text() for name in ("straight", "broken")]
+    assert logs[0] == logs[1]
 
 
 def test_a_second_interrupt_leaves_at_once(monkeypatch):
@@ -376,6 +400,10 @@ def test_check_tells_what_there_is(call, data_dir, tmp_path):
     code, out, err = call(train_gpt2, *flags, "--data_dir", tmp_path, "--B", 3)
     assert code == 2 and "the run could not start" in out
     assert err.count("\n") == 3 and "no val shards" in err and "does not divide" in err
+    for flags_too, message in ((("--fsdp",), "start with torchrun"), (("--B", 0), "must be at"),
+                               (("--T", 64), "longer than block_size")):
+        code, out, err = call(train_gpt2, *flags, "--data_dir", data_dir, *flags_too)
+        assert code == 2 and message in err and "the run could not start" in out
     code, out, err = call(train_gpt2, *flags, "--data_dir", data_dir, "--n_embd", 2**16)
     assert code == 2 and "too little memory" in err
     assert not (tmp_path / "log").exists()
@@ -418,8 +446,12 @@ def test_set_seed_covers_every_generator():
     (dict(fsdp=True), 1, "start with torchrun"), (dict(fsdp=True, compile=True), 2, "leave out"),
     (dict(fsdp=True, dtype="float16"), 2, "--dtype bfloat16"),
     (dict(fsdp=True, optimizer="muon"), 2, "use --optimizer adamw"),
-    (dict(optimizer="muon", compile_mode="max-autotune"), 1, "--compile_mode default")])
-def test_combinations_that_do_not_work(data_dir, tmp_path, changes, world_size, message):
+    (dict(optimizer="muon", compile=True, compile_mode="max-autotune"), 1,
+     "--compile_mode default")])
+def test_combinations_that_do_not_work(data_dir, tmp_path, monkeypatch, changes, world_size,
+                                       message):
+    monkeypatch.setattr(parallel, "sum_over_ranks", lambda values, device: [
+        world_size * value for value in values])
     config = tiny_config(data_dir, tmp_path, **changes)
     processes = devices.Processes(torch.device("cpu"), 0, world_size)
     with pytest.raises(UserError, match=message):

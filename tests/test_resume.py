@@ -148,6 +148,25 @@ def test_a_damaged_checkpoint_is_passed_over(data_dir, tmp_path, capsys, damage)
     assert (tmp_path / "previous_1" / path.name).is_file()
 
 
+def test_nothing_but_damaged_checkpoints_is_no_reason_to_start_anew(data_dir, tmp_path):
+    config = tiny_config(data_dir, tmp_path, save_every=3)
+    train(config)
+    for path in list_checkpoints(tmp_path).values():
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match="can be read"):
+        train(replace(config, resume="newest"))
+    assert sorted(list_checkpoints(tmp_path)) == [3, 6]
+
+
+def test_flags_count_when_another_recipe_is_resumed(data_dir, tmp_path):
+    config = tiny_config(data_dir, tmp_path, max_steps=3)
+    train(config)
+    train(replace(config, max_steps=4, weight_decay=0.7, beta2=0.5, resume_anyway=True))
+    groups = load_checkpoint(tmp_path / "model_00004.pt")["optimizer"]["param_groups"]
+    assert [group["weight_decay"] for group in groups] == [0.7, 0]
+    assert all(tuple(group["betas"]) == (0.9, 0.5) for group in groups)
+
+
 def test_half_files_of_a_killed_run_are_cleared(data_dir, tmp_path):
     config = tiny_config(data_dir, tmp_path, save_every=2)
     train(config)

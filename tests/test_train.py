@@ -9,7 +9,9 @@ import torch
 from conftest import ROOT, read_log, run_script, tiny_config
 
 import hellaswag
+import machines
 import train_gpt2
+from checkpoints import find_checkpoint, load_checkpoint
 from fineweb import UserError
 from train_gpt2 import TrainConfig, get_lr, parse_config, train
 
@@ -40,7 +42,7 @@ def test_defaults_are_the_124m_recipe():
 def test_explicit_flags_win_over_the_preset():
     preset, config = parse_config(["--max_steps", "7", "--preset", "demo", "--compile"])
     assert preset == "demo" and config.max_steps == 7 and config.compile is True
-    assert config == replace(TrainConfig(**train_gpt2.PRESETS["demo"]), max_steps=7, compile=True)
+    assert config == replace(TrainConfig(**machines.RUNS["demo"]), max_steps=7, compile=True)
     assert parse_config(["--no_compile", "--no_shuffle"])[1] == TrainConfig(
         compile=False, shuffle=False)
 
@@ -128,6 +130,8 @@ def test_evaluation_does_not_change_training(data_dir, tmp_path, monkeypatch):
                       hellaswag_every=1, plot_every=3))
     assert len(read_log(tmp_path / "b", "hella")) == len(read_log(tmp_path / "b", "val")) == 7
     assert read_log(tmp_path / "a", "train") == read_log(tmp_path / "b", "train")
+    a, b = (load_checkpoint(find_checkpoint(tmp_path / name))["model"] for name in "ab")
+    assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_a_new_run_sets_the_earlier_one_aside(data_dir, tmp_path):
