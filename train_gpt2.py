@@ -758,7 +758,7 @@ def train(config):
                 if step > start_step and not due(config.save_every, step, config):
                     result["checkpoint"] = save(run, step)
                 break
-            if config.plot_every and due(config.plot_every, step, config):
+            if step and config.plot_every and due(config.plot_every, step, config):
                 plot.try_to_plot(config.log_dir, run.processes.master_process)
             if step == config.max_steps:
                 break
