@@ -42,6 +42,9 @@ def start(job, rank, port):
                               WORLD_SIZE=str(job["world_size"]), MASTER_PORT=str(port))
         if rank == job.get("nan_rank"):
             poison(job["nan_steps"])
+        if "no_compiler_rank" in job:
+            torch.compile = lambda model, mode: (
+                no_compiler if rank == job["no_compiler_rank"] else model)
         os.dup2(os.open(job["stdout"], os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
         train_gpt2.train(train_gpt2.TrainConfig(**job["config"]))
         sys.stdout.flush()
@@ -51,6 +54,11 @@ def start(job, rank, port):
         code = 2
     finally:
         os._exit(code)
+
+
+def no_compiler(x, y):
+    """What a compiled model does where nothing can compile it."""
+    raise RuntimeError("no working C++ compiler")
 
 
 def poison(steps):

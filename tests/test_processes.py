@@ -29,8 +29,8 @@ needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 def job(data_dir, log_dir, world_size=1, **changes):
     """A job for tests/forked.py."""
-    extra = {key: changes.pop(key) for key in ("nan_rank", "nan_steps", "signal_rank")
-             if key in changes}
+    keys = ("nan_rank", "nan_steps", "signal_rank", "no_compiler_rank")
+    extra = {key: changes.pop(key) for key in keys if key in changes}
     config = TINY | dict(data_dir=str(data_dir), log_dir=str(log_dir), sample_every=0, keep_last=0)
     return {"world_size": world_size, "config": config | changes, **extra}
 
@@ -347,6 +347,17 @@ def test_compile_falls_back_to_eager(data_dir, tmp_path, capsys, monkeypatch):
     assert "no working C++ compiler" in out and "long story" not in out
     train(tiny_config(data_dir, tmp_path / "b"))
     assert (tmp_path / "a" / "log.txt").read_text() == (tmp_path / "b" / "log.txt").read_text()
+
+
+@needs_fork
+def test_all_fall_back_where_one_process_cannot_compile(data_dir, tmp_path):
+    config = dict(world_size=2, B=2)
+    assert [result["codes"] for result in forked(tmp_path, [
+        job(data_dir, tmp_path / "a", **config),
+        job(data_dir, tmp_path / "b", compile=True, no_compiler_rank=1, **config),
+    ])] == [[0, 0], [0, 0]]
+    assert "uncompiled, since compiling failed on 1 process" in (tmp_path / "job_1.out").read_text()
+    expect_close(tmp_path / "a", tmp_path / "b", atol=0)
 
 
 def test_evaluation_never_compiles(data_dir, tmp_path, monkeypatch):
