@@ -1,7 +1,7 @@
 """
 The speeds this project claims, beside a peer where there is one, measured in one run.
 
-    python bench.py                 # all of them, half an hour
+    python bench.py                 # all of them, twenty minutes
     python bench.py data            # text to shards, beside build-nanogpt's way and bare tiktoken
     python bench.py loader          # reading batches, beside a training step
     python bench.py hellaswag       # examples a second, beside scoring them one by one
