@@ -44,7 +44,7 @@ def start(job, rank, port):
             poison(job["nan_steps"])
         if "no_compiler_rank" in job:
             torch.compile = lambda model, mode: (
-                no_compiler if rank == job["no_compiler_rank"] else model)
+                NoCompiler(model) if rank == job["no_compiler_rank"] else model)
         os.dup2(os.open(job["stdout"], os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
         train_gpt2.train(train_gpt2.TrainConfig(**job["config"]))
         sys.stdout.flush()
@@ -56,9 +56,15 @@ def start(job, rank, port):
         os._exit(code)
 
 
-def no_compiler(x, y):
-    """What a compiled model does where nothing can compile it."""
-    raise RuntimeError("no working C++ compiler")
+class NoCompiler(torch.nn.Module):
+    """A compiled model where nothing can compile it."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x, y):
+        raise RuntimeError("no working C++ compiler")
 
 
 def poison(steps):
