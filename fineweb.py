@@ -490,8 +490,7 @@ def prepare(source, out, tokenizer="gpt2", config=None, split="train", text_colu
     if state is None:
         print(f"{out_dir} is complete")
         return read_meta(out_dir)
-    # what is wrong with a small source shows while it is measured, before anything is written;
-    # tokenizers are trained after that, when it is known what val is
+    # measured before anything is written; tokenizers are trained after that, without val
     inputs = find_inputs(recipe, state, out_dir)
     corpus = Corpus(inputs, text_column, out_dir / "downloads", prefetch=max_tokens is None)
     model = None if ":" in recipe["tokenizer"] else make_tokenizer(recipe["tokenizer"], None)

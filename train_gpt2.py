@@ -755,8 +755,8 @@ def train(config):
                 break
             if evaluate(run, step, result, signals):
                 stop = True
-                if step > start_step and not due(config.save_every, step, config):
-                    result["checkpoint"] = save(run, step)
+                saved = step == start_step or due(config.save_every, step, config)
+                result["checkpoint"] = result["checkpoint"] if saved else save(run, step)
                 break
             if step and config.plot_every and due(config.plot_every, step, config):
                 plot.try_to_plot(config.log_dir, run.processes.master_process)
