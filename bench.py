@@ -41,6 +41,7 @@ import sources
 import train_gpt2
 from cli import OneLineParser, keep_memory, run_main
 from devices import flops_per_token
+from packing import pack_linears
 from tokenizer import END_OF_TEXT, Tokenizer, train_bpe
 
 ROOT = Path(__file__).resolve().parent
@@ -210,7 +211,7 @@ def save_random_gpt2(folder):
 def our_sampler(folder, dtype):
     """A function of the number of rows that samples with sample.py."""
     model = train_gpt2.load_model(folder).to(dtype)
-    sample.pack_linears(model)
+    pack_linears(model)
 
     def run(rows):
         texts = sample.generate(model, PROMPT, 50256, 50257, rows, NEW_TOKENS, top_k=50,
@@ -321,39 +322,52 @@ def score_now(examples):
     return [rows[i]["loss_sums"] for i in range(len(examples))]
 
 
-def bench_hellaswag():
+def hellaswag_gflop(rendered):
+    """Billions of operations that the matrices of GPT-2 124M cost to score a list of Rendered."""
+    trees = [hellaswag.plant(r) for r in rendered]
+    nodes = sum(len(tree.tokens) for tree in trees)
+    sources = sum(len({node for node, _, _ in tree.scored}) for tree in trees)
+    return 2 * (nodes * 12 * 12 * 768**2 + sources * 50_257 * 768) / 1e9
+
+
+def bench_hellaswag(groups=4, size=12):
     """HellaSwag with an untrained GPT-2 124M on the CPU, beside scoring one example at a time."""
     folder = os.environ.get("GPT2_TEST_DATA")
     path = Path(folder) / "hellaswag_val_402.jsonl" if folder else hellaswag.download()
     examples = list(hellaswag.iterate_examples(path))
     rendered = hellaswag.render_examples(examples, Tokenizer("gpt2"), 1024)
-    examples = [examples[i] for i in sorted(
-        range(len(examples)), key=lambda i: len(rendered[i].rows[0]) + sum(rendered[i].counts[1:]))]
-    # seven lengths, six neighbours of each: as in the whole set, a batch holds equals in length
-    middles = [round((i + 0.5) / 7 * len(examples)) for i in range(7)]
+    order = sorted(
+        range(len(examples)), key=lambda i: len(rendered[i].rows[0]) + sum(rendered[i].counts[1:]))
+    # several lengths, neighbours of each: as in the whole set, a batch holds equals in length
+    middles = [round((i + 0.5) / groups * len(examples)) for i in range(groups)]
     scorers = {"one by one": score_singly, "now": score_now}
     pools = {name: one_process(start_scorer, name) for name in scorers}
-    seconds, differences = dict.fromkeys(scorers, 0.0), []
+    seconds, differences, rates, gflop = dict.fromkeys(scorers, 0.0), [], [], 0.0
     for middle in middles:
-        group, sums = examples[middle - 3:middle + 3], {}
+        numbers, sums = order[middle - size // 2:][:size], {}
+        group = [examples[i] for i in numbers]
 
         def score(name, group=group, sums=sums):
             sums[name] = pools[name].submit(scorers[name], group).result()
 
-        for name in scorers:
-            score(name)  # warms up
-        medians = take_turns({name: functools.partial(score, name) for name in scorers})
+        score("one by one")  # warms up
+        score("now")
+        medians = take_turns({"sgemm": lambda: rates.append(sgemm_gflops()), **{
+            name: functools.partial(score, name) for name in scorers}})
         seconds = {name: seconds[name] + medians[name] for name in scorers}
         differences.append(np.abs(np.subtract(*sums.values())).max())
+        gflop += hellaswag_gflop([rendered[i] for i in numbers])
     for pool in pools.values():
         pool.shutdown()
-    n = 6 * len(middles)
+    n, ratio = size * groups, seconds["one by one"] / seconds["now"]
     for name, value in seconds.items():
         print(f"{name:10}  {n / value:5.2f} examples/s, {value / n * 10_042 / 3600:.2f} hours for "
               f"10,042")
-    ratio = seconds["one by one"] / seconds["now"]
-    print(f"{ratio:.2f} times as fast; summed losses differ by at most {max(differences):.1e}")
-    return {"examples": n, "ratio": ratio, "largest_difference": float(max(differences)),
+    share = gflop / seconds["now"] / statistics.median(rates)
+    print(f"{ratio:.2f} times as fast, {share:.1%} of sgemm ({statistics.median(rates):.0f} "
+          f"GFLOP/s); summed losses differ by at most {max(differences):.1e}")
+    return {"examples": n, "ratio": ratio, "share_of_sgemm": share,
+            "largest_difference": float(max(differences)),
             **{f"examples_per_sec, {name}": n / value for name, value in seconds.items()}}
 
 

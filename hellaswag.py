@@ -15,6 +15,7 @@ endings its branches) in which every token is computed once and sees only its an
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import math
@@ -36,6 +37,9 @@ import fineweb
 from cli import keep_memory
 from devices import init_distributed, sum_over_ranks
 from fineweb import UserError
+from packing import packed_linears
+
+ROWS_OF_LOGITS = 256  # at once: 51 MB
 
 # -----------------------------------------------------------------------------
 # the examples
@@ -243,13 +247,12 @@ def score_trees(model, batch, device, vocab_size):
     sources, inverse, targets = (
         torch.from_numpy(array.copy()).to(device) for array in (sources, inverse, targets))
     x = model.hidden(idx, pos=pos, mask=mask).flatten(0, 1)[sources]  # (S, C), where needed only
-    # -log softmax(logits)[target] = logsumexp(logits) - logits[target]. In slices of the vocabulary
-    # the logits stay in the cache: the product is a third faster than that of the whole matrix
-    weight = model.lm_head.weight[:vocab_size]  # (V, C)
-    parts = [F.linear(x, part).float().logsumexp(1) for part in weight.split(4096)]
-    target_logits = (x[inverse].float() * weight[targets].float()).sum(1)
-    losses = torch.stack(parts).logsumexp(0)[inverse] - target_logits
-    return np.bincount(endings, losses.cpu().numpy(), minlength=4 * len(batch)).reshape(-1, 4)
+    # -log softmax(logits)[target] = logsumexp(logits) - logits[target]
+    norms = torch.cat([model.lm_head(rows)[:, :vocab_size].float().logsumexp(1)
+                       for rows in x.split(ROWS_OF_LOGITS)])  # (S)
+    target_logits = (x[inverse].float() * model.transformer.wte.weight[targets].float()).sum(1)
+    losses = (norms[inverse] - target_logits).cpu().numpy()
+    return np.bincount(endings, losses, minlength=4 * len(trees)).reshape(-1, 4)
 
 
 @torch.inference_mode()
@@ -312,6 +315,17 @@ def tally(results):
                  sum(result["truncated"] for result in results))
 
 
+def describe(example, number, rendered, loss_sums):
+    """The result of an example, a dict of plain values."""
+    label = example.get("label")
+    return {"ind": example.get("ind", number),
+            "label": int(label) if label not in (None, "") else None,
+            "pred": int(np.argmin(loss_sums)),
+            "pred_norm": int(np.argmin(loss_sums / rendered.lengths)),
+            "loss_sums": loss_sums.tolist(), "num_tokens": rendered.counts,
+            "truncated": rendered.truncated}
+
+
 def evaluate(model, tokenizer, examples, device, rank=0, world_size=1, lm_eval_style=False,
              batch_tokens=None, on_result=None, stop=lambda: False):
     """
@@ -321,33 +335,28 @@ def evaluate(model, tokenizer, examples, device, rank=0, world_size=1, lm_eval_s
     early, with the score so far, when `stop()` says so.
     """
     if batch_tokens is None:  # what keeps two cores busy, or a GPU, in under 1 GB
-        batch_tokens = 512 if torch.device(device).type == "cpu" else 8192
+        batch_tokens = 1024 if torch.device(device).type == "cpu" else 8192
     block_size = getattr(model.config, "block_size", None) or model.config.n_positions
     share = list(enumerate(examples))[rank::world_size]
     rendered = render_examples([e for _, e in share], tokenizer, block_size, lm_eval_style)
-    if hasattr(model, "hidden"):
+    is_gpt = hasattr(model, "hidden")
+    if is_gpt:
         score = score_trees
         sizes = [len(r.rows[0]) + sum(r.counts[1:]) for r in rendered]
     else:
         score, batch_tokens = score_rows, min(batch_tokens, 1024)  # all logits, 200 MB
         sizes = [4 * max(map(len, r.rows)) for r in rendered]
     results = []
-    for batch in group_by_size(sizes, batch_tokens):
-        if stop():
-            break
-        sums = score(model, [rendered[i] for i in batch], device, tokenizer.vocab_size)
-        for i, loss_sums in zip(batch, sums, strict=True):
-            number, example = share[i]
-            label = example.get("label")
-            results.append({
-                "ind": example.get("ind", number),
-                "label": int(label) if label not in (None, "") else None,
-                "pred": int(np.argmin(loss_sums)),
-                "pred_norm": int(np.argmin(loss_sums / rendered[i].lengths)),
-                "loss_sums": loss_sums.tolist(), "num_tokens": rendered[i].counts,
-                "truncated": rendered[i].truncated})
-            if on_result:
-                on_result(number, results[-1])
+    with packed_linears(model) if is_gpt else contextlib.nullcontext():
+        for batch in group_by_size(sizes, batch_tokens):
+            if stop():
+                break
+            sums = score(model, [rendered[i] for i in batch], device, tokenizer.vocab_size)
+            for i, loss_sums in zip(batch, sums, strict=True):
+                number, example = share[i]
+                results.append(describe(example, number, rendered[i], loss_sums))
+                if on_result:
+                    on_result(number, results[-1])
     return Score(*map(int, sum_over_ranks(tally(results), device)))
 
 
@@ -420,7 +429,7 @@ def parse_args():
     parser.add_argument("--data", help="a HellaSwag .jsonl file (default: the official one)")
     parser.add_argument("--limit", type=int, help="score only the first N examples")
     parser.add_argument("--batch_tokens", type=int, help="tokens scored at once, padding included "
-                        "(default: 512 on CPU, else 8192)")
+                        "(default: 1024 on CPU, else 8192)")
     parser.add_argument("--lm_eval_style", action="store_true",
                         help="text and normalisation of the Eleuther harness (lm-eval)")
     parser.add_argument("--out", help="write a line of JSON for each example to this file")

@@ -19,12 +19,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn as nn
 
 import fineweb
 from cli import keep_memory
 from devices import pick_device
 from fineweb import UserError
+from packing import pack_linears
 
 # temperature flattens (> 1) or sharpens (< 1) the distribution; top_k keeps the k likeliest tokens
 # (0: all); top_p then keeps the fewest of them that together have this share of the probability
@@ -67,40 +67,6 @@ class KVCache:
     def keep(self, rows):
         """Go on with these rows only, a list of their numbers."""
         self.k, self.v = self.k[:, rows], self.v[:, rows]
-
-
-class PackedLinear(nn.Module):
-    """
-    nn.Linear whose weight oneDNN has laid out in the order it reads it: on an x86 CPU a product
-    with few rows takes half the time or less. For inference in float32 only.
-    """
-
-    def __init__(self, linear):
-        super().__init__()
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
-        self.bias = linear.bias
-
-    def forward(self, x):
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-
-
-def pack_linears(model):
-    """
-    Lay out the matrices of a model for sampling, in place; it can then neither train nor be saved.
-    Does nothing where it would not help: on GPUs, on other CPUs than x86, in half precision.
-    """
-    weight = model.lm_head.weight
-    x86 = torch.backends.cpu.get_cpu_capability().startswith("AVX")
-    if weight.device.type != "cpu" or weight.dtype != torch.float32 or not x86:
-        return
-    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
-        return
-    # one after the other, so that only one matrix at a time exists twice. lm_head's stays twice:
-    # the token embedding reads it row by row
-    for parent in [m for m in model.modules() if not isinstance(m, nn.Linear)]:
-        for name, child in parent.named_children():
-            if isinstance(child, nn.Linear):
-                setattr(parent, name, PackedLinear(child))
 
 
 def pick_token(logits, rng, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, seen=()):

@@ -18,7 +18,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import sample
 from fineweb import UserError
-from sample import KVCache, TextStream, generate, pack_linears, pick_token
+from packing import pack_linears
+from sample import KVCache, TextStream, generate, pick_token
 from train_gpt2 import GPT, GPTConfig, load_tokenizer
 
 
