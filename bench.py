@@ -18,6 +18,7 @@ import argparse
 import functools
 import importlib.util
 import json
+import math
 import mmap
 import multiprocessing
 import os
@@ -36,12 +37,12 @@ from torch.nn import functional as F
 
 import fineweb
 import hellaswag
+import linear
 import sample
 import sources
 import train_gpt2
 from cli import OneLineParser, keep_memory, run_main
 from devices import flops_per_token
-from packing import pack_linears
 from tokenizer import END_OF_TEXT, Tokenizer, train_bpe
 
 ROOT = Path(__file__).resolve().parent
@@ -211,7 +212,7 @@ def save_random_gpt2(folder):
 def our_sampler(folder, dtype):
     """A function of the number of rows that samples with sample.py."""
     model = train_gpt2.load_model(folder).to(dtype)
-    pack_linears(model)
+    linear.pack_linears(model)
 
     def run(rows):
         texts = sample.generate(model, PROMPT, 50256, 50257, rows, NEW_TOKENS, top_k=50,
@@ -299,11 +300,19 @@ def bench_sample():
 # HellaSwag
 
 
+def be_plain():
+    """Undo in this process what the model does for speed and memory: it is the lecture's then."""
+    linear.LARGE = math.inf
+    train_gpt2.MLP.forward = lambda self, x: self.narrow(self.c_fc(x))
+
+
 def start_scorer(name):
-    """The model, in a process of its own; the C library keeps memory as hellaswag.py has it."""
+    """The model, in a process of its own, as hellaswag.py has it or as build-nanogpt has it."""
     global model, tokenizer
     if name == "now":
         keep_memory()
+    else:
+        be_plain()
     tokenizer = Tokenizer("gpt2")
     torch.manual_seed(0)
     model = train_gpt2.GPT(train_gpt2.GPTConfig())
@@ -377,6 +386,7 @@ def bench_hellaswag(groups=4, size=12):
 
 def plain_contender():
     """(model, loss function, optimizer) as build-nanogpt has them without a GPU."""
+    be_plain()
     model = train_gpt2.GPT(train_gpt2.GPTConfig())
     groups = [{key: group[key] for key in ("params", "weight_decay")}
               for group in model.configure_optimizers(0.1, 6e-4).param_groups]
@@ -448,15 +458,14 @@ def bench_step(B=4, T=128, micro_steps=4):
         pool.submit(function, *args).result()
 
     # turns of a micro-step: the shorter they are, the less it matters what else the machine does
-    contenders = {"sgemm": lambda: rates.append(sgemm_gflops())}
+    contenders = {("sgemm", 0): lambda: rates.append(sgemm_gflops())}
     for i in range(micro_steps):
         contenders |= {(name, i): functools.partial(wait_for, pool, run_micro_step, B, T)
                        for name, pool in pools.items()}
     contenders |= {(name, "update"): functools.partial(wait_for, pool, run_update)
                    for name, pool in pools.items()}
-    for name, pool in pools.items():
-        contenders[name, 0]()  # warms up
-        wait_for(pool, run_update)
+    take_turns(contenders, 1)  # warms up: after a whole update, memory has come to its size
+    rates.clear()
     turns = take_turns(contenders)
     seconds = {name: sum(turns[name, i] for i in (*range(micro_steps), "update"))
                for name in CONTENDERS}

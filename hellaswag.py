@@ -15,7 +15,6 @@ endings its branches) in which every token is computed once and sees only its an
 """
 
 import argparse
-import contextlib
 import hashlib
 import json
 import math
@@ -37,7 +36,6 @@ import fineweb
 from cli import keep_memory
 from devices import init_distributed, sum_over_ranks
 from fineweb import UserError
-from packing import packed_linears
 
 ROWS_OF_LOGITS = 256  # at once: 51 MB
 
@@ -339,24 +337,22 @@ def evaluate(model, tokenizer, examples, device, rank=0, world_size=1, lm_eval_s
     block_size = getattr(model.config, "block_size", None) or model.config.n_positions
     share = list(enumerate(examples))[rank::world_size]
     rendered = render_examples([e for _, e in share], tokenizer, block_size, lm_eval_style)
-    is_gpt = hasattr(model, "hidden")
-    if is_gpt:
+    if hasattr(model, "hidden"):
         score = score_trees
         sizes = [len(r.rows[0]) + sum(r.counts[1:]) for r in rendered]
     else:
         score, batch_tokens = score_rows, min(batch_tokens, 1024)  # all logits, 200 MB
         sizes = [4 * max(map(len, r.rows)) for r in rendered]
     results = []
-    with packed_linears(model) if is_gpt else contextlib.nullcontext():
-        for batch in group_by_size(sizes, batch_tokens):
-            if stop():
-                break
-            sums = score(model, [rendered[i] for i in batch], device, tokenizer.vocab_size)
-            for i, loss_sums in zip(batch, sums, strict=True):
-                number, example = share[i]
-                results.append(describe(example, number, rendered[i], loss_sums))
-                if on_result:
-                    on_result(number, results[-1])
+    for batch in group_by_size(sizes, batch_tokens):
+        if stop():
+            break
+        sums = score(model, [rendered[i] for i in batch], device, tokenizer.vocab_size)
+        for i, loss_sums in zip(batch, sums, strict=True):
+            number, example = share[i]
+            results.append(describe(example, number, rendered[i], loss_sums))
+            if on_result:
+                on_result(number, results[-1])
     return Score(*map(int, sum_over_ranks(tally(results), device)))
 
 

@@ -24,7 +24,7 @@ import fineweb
 from cli import keep_memory
 from devices import pick_device
 from fineweb import UserError
-from packing import pack_linears
+from linear import pack_linears
 
 # temperature flattens (> 1) or sharpens (< 1) the distribution; top_k keeps the k likeliest tokens
 # (0: all); top_p then keeps the fewest of them that together have this share of the probability

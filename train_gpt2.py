@@ -64,6 +64,7 @@ from devices import (
     synchronize,
 )
 from fineweb import UserError
+from linear import Linear
 from loss import cross_entropy
 from optimizers import OPTIMIZERS, make_optimizer
 from signals import Signals
@@ -111,8 +112,8 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.n_head = config.n_head
         self.layer = layer  # which layer of a KV cache is ours
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # query, key, value at once
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd)  # query, key, value at once
+        self.c_proj = Linear(config.n_embd, config.n_embd)
 
     def forward(self, x, kv_cache=None, mask=None):
         B, T, C = x.size()
@@ -141,12 +142,19 @@ class MLP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x):
+        x = self.c_fc(x)  # (B, T, 4 C)
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self.narrow(x)
+        # backward needs what GELU makes of x: keep x alone, and run GELU, but not c_proj, again
+        return recompute(self.narrow, x, use_reentrant=False, preserve_rng_state=False)
+
+    def narrow(self, x):
         # GPT-2 was trained with the tanh form of GELU, and the weights remember it
-        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))  # (B, T, C)
+        return self.c_proj(F.gelu(x, approximate="tanh"))  # (B, T, C)
 
 
 class Block(nn.Module):
@@ -182,7 +190,7 @@ class GPT(nn.Module):
             h=nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)]),
             ln_f=nn.LayerNorm(config.n_embd),
         ))
-        self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
+        self.lm_head = Linear(config.n_embd, config.padded_vocab_size, bias=False)
         # one matrix reads tokens in and out: tie first, then initialise it once
         self.transformer.wte.weight = self.lm_head.weight
         self._init_weights()

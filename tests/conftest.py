@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import fineweb
+import linear
 import train_gpt2
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -118,3 +119,9 @@ def read_log(log_dir, stream):
     """{step: value} of one stream of log.txt."""
     lines = (Path(log_dir) / "log.txt").read_text(encoding="utf-8").split("\n")[:-1]
     return {int(s): float(v) for s, name, v in map(str.split, lines) if name == stream}
+
+
+@pytest.fixture
+def any_size(monkeypatch):
+    """Products of small matrices are done as those of large ones."""
+    monkeypatch.setattr(linear, "LARGE", 1)

@@ -2,6 +2,7 @@
 
 import math
 import platform
+import weakref
 from contextlib import nullcontext
 
 import pytest
@@ -9,9 +10,10 @@ import torch
 from conftest import ROOT, run_script
 from torch.nn import functional as F
 
+import linear
 import loss
 from devices import flops_per_token, model_flops_utilization
-from train_gpt2 import GPT, GPTConfig
+from train_gpt2 import GPT, MLP, GPTConfig
 
 
 def small_model(seed=0):
@@ -20,8 +22,11 @@ def small_model(seed=0):
 
 
 def plain_loss(model, x, y):
-    """The loss as the ancestor computes it: all logits, then F.cross_entropy."""
-    return F.cross_entropy(model.lm_head(model.hidden(x)).flatten(0, 1), y.flatten())
+    """The loss as the ancestor computes it: nn.Linear, all logits, then F.cross_entropy."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(linear, "LARGE", math.inf)
+        patch.setattr(MLP, "forward", lambda self, x: self.narrow(self.c_fc(x)))
+        return F.cross_entropy(model.lm_head(model.hidden(x)).flatten(0, 1), y.flatten())
 
 
 def our_loss(model, x, y):
@@ -48,7 +53,7 @@ def batch(seed=0, B=4):
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(None, 1e-6), (torch.bfloat16, 0.02)])
-def test_chunked_loss_and_gradients_are_those_of_cross_entropy(chunks, dtype, tolerance):
+def test_chunked_loss_and_gradients_are_those_of_cross_entropy(any_size, chunks, dtype, tolerance):
     model = small_model()
     expected, plain = loss_and_gradients(plain_loss, model, *batch(), dtype)
     value, ours = loss_and_gradients(our_loss, model, *batch(), dtype)
@@ -76,7 +81,7 @@ def test_bfloat16_gradients_add_up_in_float32(monkeypatch):
     assert max(errors) < 0.01, errors
 
 
-def test_loss_in_a_compiled_model(chunks):
+def test_loss_in_a_compiled_model(any_size, chunks):
     model = small_model()
     compiled = torch.compile(model, backend="aot_eager")  # traced as for a GPU, run without gcc
     value, ours = loss_and_gradients(our_loss, compiled, *batch())
@@ -101,6 +106,59 @@ def test_loss_without_gradients_computes_none(chunks, monkeypatch):
     assert len(products) == math.ceil(4 * 32 / 24)
 
 
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("width", [8, 96])
+def test_onednn_products_and_gradients_are_those_of_nn_linear(any_size, with_bias, width):
+    torch.manual_seed(0)
+    plain = torch.nn.Linear(24, width, bias=with_bias)
+    ours = linear.Linear(24, width, bias=with_bias)
+    ours.load_state_dict(plain.state_dict())
+    results = []
+    for layer in (plain, ours):
+        x = torch.randn(2, 5, 24, generator=torch.Generator().manual_seed(1), requires_grad=True)
+        y = layer(x)
+        y.sin().sum().backward()
+        results.append([y, x.grad, *(p.grad for p in layer.parameters())])
+        with torch.no_grad():
+            assert torch.allclose(layer(x), y, rtol=1e-5, atol=1e-6)
+    for expected, value in zip(*results, strict=True):
+        assert torch.allclose(value, expected, rtol=1e-5, atol=1e-6)
+    ours.weight.requires_grad_(False)  # frozen, and x still learns
+    x.grad = None
+    ours(x).sin().sum().backward()
+    assert torch.allclose(x.grad, results[0][1], rtol=1e-5, atol=1e-6)
+
+
+def test_onednn_is_for_float32_on_the_cpu(any_size, monkeypatch):
+    if not linear.have_onednn():
+        pytest.skip("oneDNN's products are for x86 CPUs")
+    weight = torch.zeros(4, 4)
+    assert linear.suits_onednn(weight)
+    assert not linear.suits_onednn(weight.bfloat16())
+    assert not linear.suits_onednn(weight.to("meta"))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not linear.suits_onednn(weight)
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)  # as sample.py --safe does
+    assert not linear.suits_onednn(weight)
+
+
+@pytest.mark.parametrize("grad_checkpoint", [False, True])
+def test_gelu_leaves_nothing_behind_for_backward(any_size, monkeypatch, grad_checkpoint):
+    model, outputs, real = small_model(), [], F.gelu
+    model.grad_checkpoint = grad_checkpoint
+
+    def watched(*args, **kwargs):
+        out = real(*args, **kwargs)
+        outputs.append(weakref.ref(out))
+        return out
+
+    monkeypatch.setattr(F, "gelu", watched)
+    value = our_loss(model, *batch())
+    assert [output() for output in outputs] == [None, None]  # of two layers
+    value.backward()
+    assert len(outputs) > 2  # made again
+
+
 def test_logits_never_exist_whole(monkeypatch):
     monkeypatch.setattr(loss, "CHUNK_ROWS", 16)
     model, rows = small_model(), []
@@ -117,7 +175,7 @@ def test_logits_never_exist_whole(monkeypatch):
     assert 16 <= max(rows) <= 32  # of 384 logits; the batch has 512 rows
 
 
-def test_twenty_steps_as_the_plain_step_makes_them(chunks):
+def test_twenty_steps_as_the_plain_step_makes_them(any_size, chunks):
     """Clipped updates of AdamW over accumulated gradients, fused and chunked or not."""
     trajectories = []
     for compute, fused in ((plain_loss, False), (our_loss, True)):
