@@ -15,6 +15,7 @@ The last line of the output is JSON.
 """
 
 import argparse
+import copy
 import functools
 import importlib.util
 import json
@@ -210,13 +211,14 @@ def save_random_gpt2(folder):
 
 
 def our_sampler(folder, dtype):
-    """A function of the number of rows that samples with sample.py."""
+    """A function of the number of rows that samples with sample.py, as its command line would."""
     model = train_gpt2.load_model(folder).to(dtype)
-    linear.pack_linears(model)
+    packed = copy.deepcopy(model)
+    linear.pack_linears(packed)
 
     def run(rows):
-        texts = sample.generate(model, PROMPT, 50256, 50257, rows, NEW_TOKENS, top_k=50,
-                                ignore_eot=True)
+        texts = sample.generate(packed if rows > 1 else model, PROMPT, 50256, 50257, rows,
+                                NEW_TOKENS, top_k=50, ignore_eot=True)
         assert [len(text) for text in texts] == [NEW_TOKENS] * rows
     return run
 
@@ -346,7 +348,7 @@ def bench_hellaswag(groups=4, size=12):
     examples = list(hellaswag.iterate_examples(path))
     rendered = hellaswag.render_examples(examples, Tokenizer("gpt2"), 1024)
     order = sorted(
-        range(len(examples)), key=lambda i: len(rendered[i].rows[0]) + sum(rendered[i].counts[1:]))
+        range(len(examples)), key=lambda i: len(hellaswag.plant(rendered[i]).tokens))
     # several lengths, neighbours of each: as in the whole set, a batch holds equals in length
     middles = [round((i + 0.5) / groups * len(examples)) for i in range(groups)]
     scorers = {"one by one": score_singly, "now": score_now}

@@ -339,7 +339,7 @@ def evaluate(model, tokenizer, examples, device, rank=0, world_size=1, lm_eval_s
     rendered = render_examples([e for _, e in share], tokenizer, block_size, lm_eval_style)
     if hasattr(model, "hidden"):
         score = score_trees
-        sizes = [len(r.rows[0]) + sum(r.counts[1:]) for r in rendered]
+        sizes = [len(plant(r).tokens) for r in rendered]
     else:
         score, batch_tokens = score_rows, min(batch_tokens, 1024)  # all logits, 200 MB
         sizes = [4 * max(map(len, r.rows)) for r in rendered]

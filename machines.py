@@ -24,9 +24,10 @@ RUNS = {
     # model beat few of a deep one
     "demo": dict(
         data_dir=DEMO_DATA, n_layer=2, n_head=4, n_embd=128, block_size=64, B=8, T=64,
-        total_batch_size=512, max_steps=3_600, max_lr=3e-3, min_lr=3e-5, warmup_steps=100,
-        beta2=0.99, eval_every=1_200, val_tokens=10_000_000, hellaswag_every=0, sample_every=0,
-        sample_prompt="", save_every=1_200, print_every=100, device="cpu", dtype="float32"),
+        total_batch_size=512, max_steps=2_600, optimizer="muon", max_lr=8e-3, min_lr=1.6e-4,
+        warmup_steps=80, eval_every=1_300, val_tokens=10_000_000, hellaswag_every=0,
+        sample_every=0, sample_prompt="", save_every=1_300, print_every=100, device="cpu",
+        dtype="float32"),
 }
 # the first five are known to run the 124M recipe on one such GPU; the others are careful guesses
 MACHINES = {

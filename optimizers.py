@@ -12,8 +12,9 @@ from devices import sum_over_ranks
 
 OPTIMIZERS = ("adamw", "adamw8bit", "muon")
 # of Muon
-MOMENTUM = 0.95
-STEP_LENGTH = 0.2  # root mean square of a step of lr 1, about AdamW's (Liu et al. 2025)
+MOMENTUM = 0.9
+# root mean square of a step of lr 1. AdamW's is about 0.2 (Liu et al. 2025); Muon bears longer ones
+STEP_LENGTH = 0.5
 
 
 def make_optimizer(raw_model, name, weight_decay, learning_rate, betas=(0.9, 0.95),

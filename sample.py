@@ -452,7 +452,8 @@ def load(args):
     if tokenizer.vocab_size > model.config.vocab_size:
         raise UserError(f"{source} knows {model.config.vocab_size} tokens, its tokenizer "
                         f"{tokenizer.vocab_size}: put its own tokenizer.json beside it")
-    pack_linears(model)
+    if args.num_samples > 1 and not args.interactive:  # one row alone is as fast without
+        pack_linears(model)
     if args.compile:
         model.forward = torch.compile(model.forward, dynamic=True)  # lengths change all the time
     return model, tokenizer
