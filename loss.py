@@ -12,6 +12,11 @@ CHUNK_ROWS = 512  # of 50,304 logits in float32: 103 MB. Fewer rows make slow ma
 GPU_CHUNKS = 8  # times as many there: each chunk adds to the whole weight gradient
 
 
+def rows_at_once(device):
+    """How many rows of logits exist at once."""
+    return CHUNK_ROWS if device.type == "cpu" else GPU_CHUNKS * CHUNK_ROWS
+
+
 class ChunkedCrossEntropy(torch.autograd.Function):
     """
     Sum of the cross entropies of x @ weight.T, in nats. Each chunk's logits turn into its share of
@@ -25,7 +30,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         W = weight.to(dtype)  # (V, C)
         grad_x = torch.empty_like(x) if with_grad else None
         grad_weight = None
-        chunk = CHUNK_ROWS if x.device.type == "cpu" else GPU_CHUNKS * CHUNK_ROWS
+        chunk = rows_at_once(x.device)
         for start in range(0, len(x), chunk):
             rows = slice(start, start + chunk)
             x_rows, y_rows = x[rows].to(dtype), targets[rows, None]  # (n, C), (n, 1)

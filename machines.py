@@ -16,7 +16,7 @@ import fineweb
 import parallel
 from cli import UserError
 from devices import init_distributed, pick_device, pick_dtype, sum_over_ranks
-from loss import CHUNK_ROWS
+from loss import rows_at_once
 
 DEMO_DATA, DEMO_TOKENIZER = "demo_data", "bpe:1536"
 RUNS = {
@@ -110,10 +110,11 @@ def estimate(shape, config, device, dtype, world_size):
     if config.fsdp:
         state //= world_size
     width = 4 if dtype == torch.float32 else 2
-    # some 17 values a token and channel are kept for backward in every layer (Korthikanti et al.
-    # 2022, without dropout and scores), or only the block's input with --grad_checkpoint
-    kept = L + 17 if config.grad_checkpoint else 17 * L
-    logits = 3 * min(CHUNK_ROWS, config.B * config.T) * shape.padded_vocab_size * 4
+    # some 13 values a token and channel are kept for backward in every layer (17 in Korthikanti et
+    # al. 2022, without dropout and scores; 4 are GELU's, which is run again), or only the block's
+    # input with --grad_checkpoint
+    kept = L + 13 if config.grad_checkpoint else 13 * L
+    logits = 3 * min(rows_at_once(device), config.B * config.T) * shape.padded_vocab_size * 4
     return state + config.B * config.T * kept * C * width + logits, 12 * parameters
 
 

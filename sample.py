@@ -246,6 +246,14 @@ def print_samples(model, tokenizer, prompt, args, choice):
     return results
 
 
+def print_four(model, tokenizer, prompt):
+    """Print four short samples, as training does: private generators, so it does not notice."""
+    rows = generate(model, tokenizer.encode(prompt), tokenizer.eot, tokenizer.vocab_size,
+                    num_samples=4, max_new_tokens=64, top_k=50)
+    for i, tokens in enumerate(rows):
+        print(f"[Sample {i + 1}] {prompt}{tokenizer.decode(tokens)}")
+
+
 # -----------------------------------------------------------------------------
 # interactive
 

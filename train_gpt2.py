@@ -149,7 +149,7 @@ class MLP(nn.Module):
         x = self.c_fc(x)  # (B, T, 4 C)
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self.narrow(x)
-        # backward needs what GELU makes of x: keep x alone, and run GELU, but not c_proj, again
+        # keep x alone for backward, which runs GELU again, but not c_proj
         return recompute(self.narrow, x, use_reentrant=False, preserve_rng_state=False)
 
     def narrow(self, x):
@@ -507,14 +507,6 @@ def evaluate_loss(raw_model, loader, val_tokens, processes, dtype, stop=lambda: 
     return sum_over_ranks([loss_sum], processes.device)[0] / num_sequences
 
 
-def print_samples(raw_model, tokenizer, config):
-    """Four samples, drawn with generators of their own: training does not notice."""
-    rows = sample.generate(raw_model, tokenizer.encode(config.sample_prompt), tokenizer.eot,
-                           tokenizer.vocab_size, num_samples=4, max_new_tokens=64, top_k=50)
-    for i, tokens in enumerate(rows):
-        print(f"[Sample {i + 1}] {config.sample_prompt}{tokenizer.decode(tokens)}")
-
-
 # -----------------------------------------------------------------------------
 # training
 
@@ -695,7 +687,7 @@ def evaluate(run, step, result, signals):
         run.print0(line)
         run.log(step, hella=accuracy)
     if samples_due and processes.master_process:
-        print_samples(model, run.tokenizer, config)
+        sample.print_four(model, run.tokenizer, config.sample_prompt)
     del model
     free_cache(processes.device)
     return stopped()
