@@ -305,7 +305,7 @@ def bench_sample():
 def be_plain():
     """Undo in this process what the model does for speed and memory: it is the lecture's then."""
     linear.LARGE = math.inf
-    train_gpt2.MLP.forward = lambda self, x: self.narrow(self.c_fc(x))
+    train_gpt2.gelu_linear = lambda x, *args: F.linear(F.gelu(x, approximate="tanh"), *args)
 
 
 def start_scorer(name):

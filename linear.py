@@ -1,8 +1,8 @@
 """
-Linear layers by the faster of the two libraries that PyTorch has for them on x86 CPUs.
+Linear layers: by the faster of PyTorch's two libraries on x86 CPUs, and one that keeps less.
 
-F.linear calls MKL for float32. oneDNN, which PyTorch ships as well, multiplies large matrices up
-to a quarter faster, and few rows by large matrices twice as fast.
+F.linear calls MKL for float32. oneDNN, which PyTorch ships as well, was up to a quarter faster at
+512 rows by GPT-2's large matrices and up to twice as fast at 1 to 16 (2 threads, AMD Zen 4).
 """
 
 import functools
@@ -45,10 +45,42 @@ class OneDNNLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        grad_x, grad_weight, grad_bias = linear_backward(grad, *ctx.saved_tensors)
+        return grad_x, grad_weight, grad_bias if ctx.needs_input_grad[2] else None
+
+
+class GELULinear(torch.autograd.Function):
+    """
+    F.linear(gelu(x), weight, bias) that keeps x for backward, and makes gelu(x), the largest thing
+    that a layer would keep, again from it.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return F.linear(F.gelu(x, approximate="tanh"), weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        rows = grad.flatten(0, -2)  # (N, out)
-        grad_bias = rows.sum(0) if ctx.needs_input_grad[2] else None
-        return grad @ weight, rows.T @ x.flatten(0, -2), grad_bias
+        grad_gelu, grad_weight, grad_bias = linear_backward(
+            grad, F.gelu(x, approximate="tanh"), weight)
+        grad_x = torch.ops.aten.gelu_backward(grad_gelu, x, approximate="tanh")
+        return grad_x, grad_weight, grad_bias
+
+
+def linear_backward(grad, x, weight):
+    """Gradients of x, weight and bias from that of x @ weight.T + bias."""
+    rows = grad.flatten(0, -2)  # (N, out)
+    return grad @ weight, rows.T @ x.flatten(0, -2), rows.sum(0)
+
+
+def gelu_linear(x, weight, bias):
+    """F.linear(F.gelu(x, approximate="tanh"), weight, bias), which keeps x alone for backward."""
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
+    return GELULinear.apply(x, weight, bias)
 
 
 def linear(x, weight, bias=None):
@@ -72,7 +104,7 @@ class Linear(nn.Linear):
 class PackedLinear(nn.Module):
     """
     A Linear whose weight oneDNN has laid out in the order it reads it: a product with 2 to 64 rows
-    is faster still, by a fifth to a half. For inference only.
+    is faster still, by up to a half. For inference only.
     """
 
     def __init__(self, original):

@@ -9,12 +9,12 @@ from torch.nn import functional as F
 from linear import linear
 
 CHUNK_ROWS = 512  # of 50,304 logits in float32: 103 MB. Fewer rows make slow matrix products
-GPU_CHUNKS = 8  # times as many there: each chunk adds to the whole weight gradient
+CUDA_CHUNKS = 4  # times as many there: each chunk adds to the whole weight gradient
 
 
 def rows_at_once(device):
     """How many rows of logits exist at once."""
-    return CHUNK_ROWS if device.type == "cpu" else GPU_CHUNKS * CHUNK_ROWS
+    return CHUNK_ROWS * (CUDA_CHUNKS if device.type == "cuda" else 1)
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):

@@ -21,7 +21,7 @@ from loss import rows_at_once
 DEMO_DATA, DEMO_TOKENIZER = "demo_data", "bpe:1536"
 RUNS = {
     # two to three minutes on two CPU cores. In so short a time many small updates of a shallow
-    # model beat few of a deep one
+    # model beat few of a deep one. AdamW would want max_lr 3e-3
     "demo": dict(
         data_dir=DEMO_DATA, n_layer=2, n_head=4, n_embd=128, block_size=64, B=8, T=64,
         total_batch_size=512, max_steps=2_600, optimizer="muon", max_lr=8e-3, min_lr=1.6e-4,

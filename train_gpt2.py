@@ -64,7 +64,7 @@ from devices import (
     synchronize,
 )
 from fineweb import UserError
-from linear import Linear
+from linear import Linear, gelu_linear
 from loss import cross_entropy
 from optimizers import OPTIMIZERS, make_optimizer
 from signals import Signals
@@ -147,13 +147,9 @@ class MLP(nn.Module):
 
     def forward(self, x):
         x = self.c_fc(x)  # (B, T, 4 C)
-        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return self.narrow(x)
-        # keep x alone for backward, which runs GELU again, but not c_proj
-        return recompute(self.narrow, x, use_reentrant=False, preserve_rng_state=False)
-
-    def narrow(self, x):
         # GPT-2 was trained with the tanh form of GELU, and the weights remember it
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return gelu_linear(x, self.c_proj.weight, self.c_proj.bias)  # keeps less for backward
         return self.c_proj(F.gelu(x, approximate="tanh"))  # (B, T, C)
 
 

@@ -316,12 +316,11 @@ def test_gradient_checkpointing_changes_nothing_but_memory(data_dir, tmp_path):
     calls = []
     original = train_gpt2.recompute
     try:
-        train_gpt2.recompute = lambda *args, **kw: calls.append(args[0]) or original(*args, **kw)
+        train_gpt2.recompute = lambda *args, **kw: calls.append(1) or original(*args, **kw)
         train(tiny_config(data_dir, tmp_path / "b", grad_checkpoint=True))
     finally:
         train_gpt2.recompute = original
-    blocks = [call for call in calls if isinstance(call, train_gpt2.Block)]
-    assert len(blocks) == 6 * 2 * 2  # updates, micro-steps, blocks: none in evaluation
+    assert len(calls) == 6 * 2 * 2  # updates, micro-steps, blocks: none in evaluation
     assert (tmp_path / "a" / "log.txt").read_text() == (tmp_path / "b" / "log.txt").read_text()
 
 
@@ -426,7 +425,10 @@ def test_expected_sizes_of_the_124m_run():
     shape = train_gpt2.build_shape(config)
     memory, checkpoint = machines.estimate(shape, config, torch.device("cpu"), torch.float32, 1)
     assert checkpoint == 12 * 124_475_904
-    assert 2.0 < memory / 2**30 < 3.5  # 3.2 GB were measured for such a step
+    assert 2.0 < memory / 2**30 < 3.5  # 3.1 GB were measured for such a step
+    config = train_gpt2.TrainConfig(B=8, T=1024)
+    memory, _ = machines.estimate(shape, config, torch.device("cpu"), torch.float32, 1)
+    assert 5.8 < memory / 1e9 < 7.2  # 6.5 GB were measured
 
 
 def test_main_lets_cuda_blocks_grow_unless_told_otherwise(call, tmp_path, monkeypatch):

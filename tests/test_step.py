@@ -1,5 +1,6 @@
 """The training step: its chunked loss against F.cross_entropy over all logits."""
 
+import gc
 import math
 import platform
 import weakref
@@ -12,8 +13,9 @@ from torch.nn import functional as F
 
 import linear
 import loss
-from devices import flops_per_token, model_flops_utilization
-from train_gpt2 import GPT, MLP, GPTConfig
+import train_gpt2
+from devices import flops_per_token, model_flops_utilization, paused_garbage_collection
+from train_gpt2 import GPT, GPTConfig
 
 
 def small_model(seed=0):
@@ -21,11 +23,15 @@ def small_model(seed=0):
     return GPT(GPTConfig(block_size=32, vocab_size=300, n_layer=2, n_head=2, n_embd=32))
 
 
+def plain_gelu_linear(x, weight, bias):
+    return F.linear(F.gelu(x, approximate="tanh"), weight, bias)
+
+
 def plain_loss(model, x, y):
     """The loss as the ancestor computes it: nn.Linear, all logits, then F.cross_entropy."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(linear, "LARGE", math.inf)
-        patch.setattr(MLP, "forward", lambda self, x: self.narrow(self.c_fc(x)))
+        patch.setattr(train_gpt2, "gelu_linear", plain_gelu_linear)
         return F.cross_entropy(model.lm_head(model.hidden(x)).flatten(0, 1), y.flatten())
 
 
@@ -81,10 +87,23 @@ def test_bfloat16_gradients_add_up_in_float32(monkeypatch):
     assert max(errors) < 0.01, errors
 
 
-def test_loss_in_a_compiled_model(any_size, chunks):
+@pytest.fixture
+def products(monkeypatch):
+    """The names of oneDNN's product and of the one that keeps less, whenever they are called."""
+    made = []
+    for module, name in ((linear, "multiply"), (train_gpt2, "gelu_linear")):
+        def watched(*args, real=getattr(module, name), name=name):
+            made.append(name)
+            return real(*args)
+        monkeypatch.setattr(module, name, watched)
+    return made
+
+
+def test_loss_in_a_compiled_model(any_size, chunks, products):
     model = small_model()
     compiled = torch.compile(model, backend="aot_eager")  # traced as for a GPU, run without gcc
     value, ours = loss_and_gradients(our_loss, compiled, *batch())
+    assert not products  # compilers choose by themselves
     expected, plain = loss_and_gradients(plain_loss, model, *batch())
     assert value == pytest.approx(expected, rel=1e-6)
     for name, grad in plain.items():
@@ -142,6 +161,19 @@ def test_onednn_is_for_float32_on_the_cpu(any_size, monkeypatch):
     assert not linear.suits_onednn(weight)
 
 
+def test_large_products_are_onednn_s_in_training_and_without(any_size, products):
+    if not linear.have_onednn():
+        pytest.skip("oneDNN's products are for x86 CPUs")
+    model = small_model()
+    our_loss(model, *batch())
+    # products that widen: two in each layer, and the logits. The others are MKL's
+    assert products == ["multiply", "multiply", "gelu_linear"] * 2 + ["multiply"]
+    with torch.no_grad():
+        products.clear()
+        model(batch()[0])
+    assert products == ["multiply"] * 9
+
+
 @pytest.mark.parametrize("grad_checkpoint", [False, True])
 def test_gelu_leaves_nothing_behind_for_backward(any_size, monkeypatch, grad_checkpoint):
     model, outputs, real = small_model(), [], F.gelu
@@ -157,6 +189,16 @@ def test_gelu_leaves_nothing_behind_for_backward(any_size, monkeypatch, grad_che
     assert [output() for output in outputs] == [None, None]  # of two layers
     value.backward()
     assert len(outputs) > 2  # made again
+
+
+def test_a_step_leaves_no_cycles_for_the_garbage_collector():
+    model = small_model()  # training switches it off
+    our_loss(model, *batch()).backward()
+    gc.collect()
+    with paused_garbage_collection():
+        for _ in range(3):
+            our_loss(model, *batch()).backward()
+        assert gc.collect() == 0
 
 
 def test_logits_never_exist_whole(monkeypatch):
