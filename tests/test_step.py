@@ -91,11 +91,13 @@ def test_bfloat16_gradients_add_up_in_float32(monkeypatch):
 def products(monkeypatch):
     """The names of oneDNN's product and of the one that keeps less, whenever they are called."""
     made = []
-    for module, name in ((linear, "multiply"), (train_gpt2, "gelu_linear")):
-        def watched(*args, real=getattr(module, name), name=name):
-            made.append(name)
-            return real(*args)
-        monkeypatch.setattr(module, name, watched)
+
+    def watch(module, name):
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args: made.append(name) or real(*args))
+
+    watch(linear, "multiply")
+    watch(train_gpt2, "gelu_linear")
     return made
 
 
