@@ -69,6 +69,13 @@ class KVCache:
         self.k, self.v = self.k[:, rows], self.v[:, rows]
 
 
+def reached_by(count, logits):
+    """A value that the `count` largest of logits (V,) reach and few others, found fast."""
+    size = max(len(logits) // (16 * count), 1)
+    maxima = logits[:len(logits) // size * size].reshape(-1, size).max(1)  # of blocks
+    return np.partition(maxima, -count)[-count]
+
+
 def pick_token(logits, rng, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, seen=()):
     """
     Draw a token id from logits (V,), a numpy array on the CPU, in the order repetition_penalty on
@@ -85,10 +92,11 @@ def pick_token(logits, rng, temperature=1.0, top_k=0, top_p=1.0, repetition_pena
         logits[seen] = np.where(old > 0, old / repetition_penalty, old * repetition_penalty)
     if temperature == 0:
         return int(logits.argmax())
-    ids = np.arange(len(logits))
     if 0 < top_k < len(logits):
-        ids = np.flatnonzero(logits >= np.partition(logits, -top_k)[-top_k])  # k of them, and ties
+        ids = np.flatnonzero(logits >= reached_by(top_k, logits))  # k of them, and some more
         ids = ids[np.argsort(-logits[ids], kind="stable")][:top_k]  # likeliest first, ties by id
+    else:
+        ids = np.arange(len(logits))
     share = np.exp((logits[ids] - logits.max()) / temperature)
     share /= share.sum()
     # tokens this unlikely make up less than 1 - top_p even together, so the likeliest of share

@@ -72,6 +72,18 @@ def test_scores_are_those_of_one_by_one(log_dir, batch_tokens):
     assert 0 < score.truncated < 7  # contexts that do not fit are among them
 
 
+def test_logits_come_a_few_rows_at_a_time(log_dir, monkeypatch):
+    model, tokenizer = load_model(log_dir), load_tokenizer(log_dir)
+    _, expected = evaluate(model, tokenizer, EXAMPLES)
+    monkeypatch.setattr(hellaswag, "ROWS_OF_LOGITS", 5)
+    rows = []
+    model.lm_head.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    _, results = evaluate(model, tokenizer, EXAMPLES)
+    assert max(rows) == 5 < sum(rows)
+    for result, other in zip(results, expected, strict=True):
+        assert result["loss_sums"] == pytest.approx(other["loss_sums"], abs=1e-4)
+
+
 def test_a_model_that_only_knows_logits_scores_alike(log_dir, tmp_path):
     torch.manual_seed(0)
     tokenizer = load_tokenizer(log_dir)

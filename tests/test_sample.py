@@ -77,6 +77,15 @@ def test_packed_products_equal_plain_ones(model, any_size):
         assert torch.allclose(packed(idx)[0], model(idx)[0], rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.skipif(not linear.have_onednn(), reason="packing is for x86 CPUs with oneDNN")
+@pytest.mark.parametrize("flags, packed", [
+    (["--num_samples", "1"], False), (["--num_samples", "2"], True), (["--interactive"], False)])
+def test_packing_is_for_several_rows(log_dir, any_size, monkeypatch, flags, packed):
+    monkeypatch.setattr(sys, "argv", ["sample.py", "--model", str(log_dir), *flags])
+    model, _ = sample.load(sample.parse_args())
+    assert isinstance(model.lm_head, linear.PackedLinear) == packed
+
+
 def test_half_precision_is_not_packed(model, any_size):
     half = copy.deepcopy(model).to(torch.bfloat16)
     pack_linears(half)
@@ -240,6 +249,15 @@ def test_repetition_penalty_makes_what_was_seen_less_likely():
     assert pick_token(logits - 2.5, rng(), 0, repetition_penalty=5, seen=[0, 1, 2]) == 0
     assert pick_token(logits - 2.5, rng(), 0, repetition_penalty=9, seen=[0, 1, 2]) == 3
     assert logits.tolist() == [2.0, 1.5, -1.0, -1.1]  # other samples read them too
+
+
+@pytest.mark.parametrize("count", [1, 7, 50, 700, 5000])
+def test_what_the_likeliest_reach(count):
+    for seed in range(20):
+        logits = np.random.default_rng(seed).normal(size=5003).round(seed % 3 + 1)  # with ties
+        value = sample.reached_by(count, logits)
+        assert value <= np.sort(logits)[-count]
+        assert (logits >= value).sum() < 2 * count + 400
 
 
 def test_equal_logits_at_the_edge_of_top_k_keep_k_tokens():
