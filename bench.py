@@ -14,7 +14,6 @@ Machines drift, so contenders take turns and medians are compared: the ratios co
 The last line of the output is JSON.
 """
 
-import argparse
 import copy
 import functools
 import importlib.util
@@ -37,13 +36,15 @@ import torch
 from torch.nn import functional as F
 
 import fineweb
-import hellaswag
 import linear
-import sample
+import scoring
+import shards
 import sources
+import tasks
 import train_gpt2
-from cli import OneLineParser, keep_memory, run_main
-from devices import flops_per_token
+from cli import make_parser, run_main
+from device import flops_per_token, tune_malloc
+from generate import generate
 from tokenizer import END_OF_TEXT, Tokenizer, train_bpe
 
 ROOT = Path(__file__).resolve().parent
@@ -130,7 +131,7 @@ def bench_data():
             "reading jsonl alone": lambda: deque(corpus.pieces(), 0),
             "tokenizing alone": lambda: deque(
                 fineweb.tokenize(pieces, tokenizer, os.cpu_count()), 0)})
-        splits = fineweb.read_meta(folder / "0")["splits"]
+        splits = shards.read_meta(folder / "0")["splits"]
     num_tokens = sum(split["tokens"] for split in splits.values())
     print(f"{megabytes:.0f} MB, {num_tokens / 1e6:.1f} M tokens, {os.cpu_count()} cores")
     pool, bare = medians["build-nanogpt's way"], medians["bare tiktoken"]
@@ -156,7 +157,7 @@ def bench_loader():
         folder = Path(folder)
         for split, index, size in (("val", 0, 10_000), ("train", 1, 100_000_000)):
             tokens = np.random.default_rng(0).integers(0, 50_256, size, dtype=np.uint16)
-            np.save(folder / fineweb.shard_name(split, index), tokens)
+            np.save(folder / shards.shard_name(split, index), tokens)
         del tokens
         before = resident_mb()
         loader = None
@@ -214,10 +215,10 @@ def our_sampler(folder, dtype):
     """A function of the number of rows that samples with sample.py, as its command line would."""
     model = train_gpt2.load_model(folder).to(dtype)
     packed = copy.deepcopy(model)
-    linear.pack_linears(packed)
+    linear.prepack(packed)
 
     def run(rows):
-        texts = sample.generate(packed if rows > 1 else model, PROMPT, 50256, 50257, rows,
+        texts = generate(packed if rows > 1 else model, PROMPT, 50256, 50257, rows,
                                 NEW_TOKENS, top_k=50, ignore_eot=True)
         assert [len(text) for text in texts] == [NEW_TOKENS] * rows
     return run
@@ -304,7 +305,7 @@ def bench_sample():
 
 def be_plain():
     """Undo in this process what the model does for speed and memory: it is the lecture's then."""
-    linear.LARGE = math.inf
+    linear.ONEDNN_MIN_NUMEL = math.inf
     train_gpt2.gelu_linear = lambda x, *args: F.linear(F.gelu(x, approximate="tanh"), *args)
 
 
@@ -312,7 +313,7 @@ def start_scorer(name):
     """The model, in a process of its own, as hellaswag.py has it or as build-nanogpt has it."""
     global model, tokenizer
     if name == "now":
-        keep_memory()
+        tune_malloc()
     else:
         be_plain()
     tokenizer = Tokenizer("gpt2")
@@ -329,13 +330,13 @@ def score_singly(examples):
 def score_now(examples):
     """The same, by hellaswag.py."""
     rows = {}
-    hellaswag.evaluate(model, tokenizer, examples, "cpu", on_result=rows.__setitem__)
+    scoring.evaluate(model, tokenizer, examples, "cpu", on_result=rows.__setitem__)
     return [rows[i]["loss_sums"] for i in range(len(examples))]
 
 
 def hellaswag_gflop(rendered):
     """Billions of operations that the matrices of GPT-2 124M cost to score a list of Rendered."""
-    trees = [hellaswag.plant(r) for r in rendered]
+    trees = [scoring.build_prefix_tree(r) for r in rendered]
     nodes = sum(len(tree.tokens) for tree in trees)
     sources = sum(len({node for node, _, _ in tree.scored}) for tree in trees)
     return 2 * (nodes * 12 * 12 * 768**2 + sources * 50_257 * 768) / 1e9
@@ -344,11 +345,11 @@ def hellaswag_gflop(rendered):
 def bench_hellaswag(groups=4, size=12):
     """HellaSwag with an untrained GPT-2 124M on the CPU, beside scoring one example at a time."""
     folder = os.environ.get("GPT2_TEST_DATA")
-    path = Path(folder) / "hellaswag_val_402.jsonl" if folder else hellaswag.download()
-    examples = list(hellaswag.iterate_examples(path))
-    rendered = hellaswag.render_examples(examples, Tokenizer("gpt2"), 1024)
+    path = Path(folder) / "hellaswag_val_402.jsonl" if folder else tasks.download()
+    examples = list(tasks.iterate_examples(path))
+    rendered = tasks.render_examples(examples, Tokenizer("gpt2"), 1024)
     order = sorted(
-        range(len(examples)), key=lambda i: len(hellaswag.plant(rendered[i]).tokens))
+        range(len(examples)), key=lambda i: len(scoring.build_prefix_tree(rendered[i]).tokens))
     # several lengths, neighbours of each: as in the whole set, a batch holds equals in length
     middles = [round((i + 0.5) / groups * len(examples)) for i in range(groups)]
     scorers = {"one by one": score_singly, "now": score_now}
@@ -409,7 +410,7 @@ def hf_contender():
 
 def our_contender():
     """The same with train_gpt2.py."""
-    keep_memory()
+    tune_malloc()
     model = train_gpt2.GPT(train_gpt2.GPTConfig())
     return model, lambda x, y: model(x, y)[1], model.configure_optimizers(0.1, 6e-4)
 
@@ -524,7 +525,7 @@ def bench_loop(updates=4):
         return wrapper
 
     with tempfile.TemporaryDirectory() as folder:
-        for index, split in enumerate(fineweb.SPLITS):
+        for index, split in enumerate(shards.SPLITS):
             np.save(Path(folder) / f"edufineweb_{split}_{index:06d}.npy", np.uint16(tokens))
         run = train_gpt2.set_up(train_gpt2.TrainConfig(
             data_dir=folder, log_dir=folder, B=4, T=128, total_batch_size=2048, hellaswag_every=0,
@@ -532,7 +533,7 @@ def bench_loop(updates=4):
         backward, run.model = torch.Tensor.backward, timed(run.model)
         torch.Tensor.backward = timed(backward)
         try:
-            batches = run.train_loader.batches(0, run.processes.device)
+            batches = run.train_loader.batches(0, run.ranks.device)
             for step in range(updates + 1):
                 inside[0], start = 0.0, time.perf_counter()
                 loss, norm, *_ = train_gpt2.update(run, step, batches, train_gpt2.Signals())
@@ -556,8 +557,7 @@ BENCHES = {"data": bench_data, "loader": bench_loader, "hellaswag": bench_hellas
 
 def main():
     """The command line."""
-    parser = OneLineParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("which", nargs="?", choices=tuple(BENCHES), help="all, if left out")
     args = parser.parse_args()
     results = {}

@@ -16,10 +16,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-import fineweb
-import pretrained
-from cli import UserError
-from devices import on_master, sum_over_ranks
+from cli import UserError, first_line
+from distributed import on_master, sum_over_ranks
+from files import write_atomically
 
 CHECKPOINT_NAME = re.compile(r"model_(\d+)\.pt")
 
@@ -45,7 +44,7 @@ def save_checkpoint(log_dir, step, raw_model, optimizer, scaler, extra):
                   "model_config": asdict(raw_model.config), "scaler": scaler.state_dict(), **extra}
     path = Path(log_dir) / f"model_{step:05d}.pt"
     try:
-        fineweb.write_atomically(path, lambda file: torch.save(checkpoint, file))
+        write_atomically(path, lambda file: torch.save(checkpoint, file))
     except RuntimeError as error:  # torch's writer stumbles over the write that failed
         raise OSError(error.__context__ or error) from error
     return path
@@ -101,9 +100,8 @@ def load_checkpoint(path, mmap=True):
     except OSError:
         raise  # not there, or not readable: says so itself
     except Exception as error:  # torch raises half a dozen kinds for a file that is not its own
-        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{path} is no checkpoint of train_gpt2.py, or a damaged one: name another "
-                        f"({reason:.100})") from error
+                        f"({first_line(error):.100})") from error
     if missing:
         raise UserError(f"{path} is no checkpoint of train_gpt2.py (it lacks "
                         f"{', '.join(sorted(missing))}): name another")
@@ -124,12 +122,12 @@ def convert_foreign(checkpoint):
             "tokenizer": {"spec": "gpt2", "model": None}}
 
 
-def newest_whole_checkpoint(log_dir):
+def newest_valid_checkpoint(log_dir):
     """(path, checkpoint) of the newest one that is not damaged, (None, None) if there is none."""
     steps = list_checkpoints(log_dir)
     for step in sorted(steps, reverse=True):
         try:
-            return steps[step], load_whole_checkpoint(steps[step])
+            return steps[step], load_training_checkpoint(steps[step])
         except (UserError, OSError) as error:
             print(f"warning: {error}; taking the one before")
     if steps:
@@ -138,7 +136,7 @@ def newest_whole_checkpoint(log_dir):
     return None, None
 
 
-def load_whole_checkpoint(path):
+def load_training_checkpoint(path):
     """load_checkpoint of one to train on from: all of it is read and compared with its CRCs."""
     # not mapped: the optimizer keeps these tensors, and the file would stay in use when it is old
     checkpoint = load_checkpoint(path, mmap=False)
@@ -193,7 +191,7 @@ def check_recipe(checkpoint, model_config, recipe, anyway):
                         "it was trained with, or --resume_anyway")
 
 
-def resume(config, processes, raw_model, optimizer, scaler, recipe):
+def resume(config, ranks, raw_model, optimizer, scaler, recipe):
     """
     Load the checkpoint that `--resume` names into model, optimizer and scaler; returns its step and
     path, or (0, None) where there is none. The master reads it, and the others get it from there.
@@ -201,7 +199,7 @@ def resume(config, processes, raw_model, optimizer, scaler, recipe):
     # a restart by torchrun goes on with what the run has saved since. Nodes count restarts each for
     # itself: all follow the one that knows of one
     restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-    restarted = sum_over_ranks([restarts], processes.device)[0] > 0
+    restarted = sum_over_ranks([restarts], ranks.device)[0] > 0
     if not (config.resume or config.resume_anyway or restarted):
         return 0, None
     start, checkpoint = time.time(), None
@@ -210,12 +208,12 @@ def resume(config, processes, raw_model, optimizer, scaler, recipe):
         nonlocal checkpoint
         path = config.resume
         if path in (None, "newest") or (restarted and find_checkpoint(config.log_dir)):
-            path, checkpoint = newest_whole_checkpoint(config.log_dir)
+            path, checkpoint = newest_valid_checkpoint(config.log_dir)
         else:
             path = resolve_checkpoint(path)
             if path is None:
                 raise UserError(f"no checkpoint {config.resume} to resume: name a model_*.pt file")
-            checkpoint = load_whole_checkpoint(path)
+            checkpoint = load_training_checkpoint(path)
         if path is None:
             print(f"no checkpoint in {config.log_dir} to resume: starting from scratch")
             return 0, None, None
@@ -224,13 +222,13 @@ def resume(config, processes, raw_model, optimizer, scaler, recipe):
             raise UserError(f"{path} is at step {checkpoint['step']} already: raise --max_steps")
         return checkpoint["step"], str(path), checkpoint["scaler"]
 
-    step, path, scaler_state = on_master(processes, read)
+    step, path, scaler_state = on_master(ranks, read)
     if path is None:
         return 0, None
     load_state(raw_model, optimizer, checkpoint)
     if scaler.is_enabled() and scaler_state:
         scaler.load_state_dict(scaler_state)
-    if processes.master_process:
+    if ranks.master_process:
         print(f"resuming {path} at step {step}, read in {time.time() - start:.1f}s")
     return step, path
 
@@ -248,9 +246,6 @@ def resolve_checkpoint(source):
     return checkpoint
 
 
-def load_tokenizer(source):
-    """The tokenizer that goes with load_model(source); where none is stored, gpt2's."""
-    path = resolve_checkpoint(source)
-    if path is not None:
-        return fineweb.Tokenizer(**load_checkpoint(path)["tokenizer"])
-    return pretrained.load_tokenizer(source)
+def default_source():
+    """GPT2_MODEL from the environment, else the newest run in log/, else OpenAI's gpt2."""
+    return os.environ.get("GPT2_MODEL") or ("log" if find_checkpoint("log") else "gpt2")

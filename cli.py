@@ -4,9 +4,9 @@ code 2, no traceback.
 """
 
 import argparse
-import ctypes
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import field, fields
 from pathlib import Path
 from typing import get_args
@@ -17,18 +17,24 @@ class UserError(ValueError):
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """argparse, but a bad command line costs one line of stderr, not the whole usage text."""
+    """An ArgumentParser that reports a bad command line in one line, without the usage text."""
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message} (--help lists the options)\n")
 
 
-def knob(default, help, **extra):
+def make_parser(docstring: str, **options) -> argparse.ArgumentParser:
+    """The parser of a script. --help shows the script's docstring with its line breaks."""
+    options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+    return OneLineParser(description=docstring, **options)
+
+
+def option(default, help, **extra):
     """A field of a dataclass that is a flag, too; `extra` goes to argparse's add_argument."""
     return field(default=default, metadata={"help": help, **extra})
 
 
-def add_knobs(parser, config_class):
+def add_options(parser, config_class):
     """Give an ArgumentParser a flag for each knob of a dataclass: --name, and --no_name if bool."""
     for f in fields(config_class):
         # int | None and the like: the type that is not None
@@ -44,29 +50,24 @@ def add_knobs(parser, config_class):
                                 help=f"{help} (%(default)s)", **extra)
 
 
-def keep_memory():
-    """
-    Have the C library keep what is freed: handing large tensors back to the system and having it
-    zero them anew, page by page, in every step costs time. Linux with glibc; nothing elsewhere.
-    """
-    try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt  # glibc's name
-    except (OSError, AttributeError):
-        return
-    # M_MMAP_MAX: no tensor in a mapping of its own; M_TRIM_THRESHOLD: the heap never shrinks;
-    # M_TOP_PAD: it grows by 256 MB at a time; M_ARENA_MAX: and there is one of it
-    for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28), (-8, 1)):
-        mallopt(option, value)
+def env_rank() -> int:
+    """The rank that torchrun gave this process; 0 for a process that runs alone."""
+    return int(os.environ.get("RANK", "0"))
 
 
-def run_main(main):
-    """Call `main()`; what a user can cause ends in one line on stderr and exit code 2."""
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or the name of its type if it has no message."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def run_main(main: Callable[[], None]) -> None:
+    """Call `main()`. An error that the user can cause becomes one line on stderr, exit code 2."""
     try:
         main()
     except (UserError, OSError) as error:
         message = " ".join(str(error).split()) or type(error).__name__
-        rank = os.environ.get("RANK", "0")
-        where = f"{Path(sys.argv[0]).name}: " + (f"rank {rank}: " if rank != "0" else "")
+        rank = env_rank()
+        where = f"{Path(sys.argv[0]).name}: " + (f"rank {rank}: " if rank else "")
         print(f"{where}error: {message}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

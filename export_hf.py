@@ -6,7 +6,6 @@ Makes a Hugging Face folder of a checkpoint: what transformers, lm-eval and the 
     python export_hf.py log my_gpt2 --push_to_hub USER/my_gpt2 --private
 """
 
-import argparse
 import base64
 import contextlib
 import json
@@ -18,11 +17,11 @@ from pathlib import Path
 
 import torch
 
-import fineweb
-import plot
 from checkpoints import load_checkpoint, resolve_checkpoint
-from fineweb import UserError
+from cli import UserError, make_parser, run_main
+from files import read_json
 from pretrained import TRANSPOSED
+from runlog import read_log
 from tokenizer import END_OF_TEXT, Tokenizer, byte_level, byte_spelling, import_sentencepiece
 
 # the knobs of a run that say what came out of it; paths stay out of what others will read
@@ -147,7 +146,7 @@ def last_part(name):
 def describe_data(config):
     """(lines of the card, hub data sets) for the data that a run was trained on, if still there."""
     data_dir = config.get("data_dir", "")
-    meta = fineweb.read_json(path) if (path := Path(data_dir) / "meta.json").is_file() else {}
+    meta = read_json(path) if (path := Path(data_dir) / "meta.json").is_file() else {}
     sources = [last_part(source) for source in meta.get("recipe", {}).get("source", ())]
     lines = [f"Trained on `{', '.join(sources) or last_part(data_dir)}`."]
     if "splits" in meta:
@@ -166,7 +165,7 @@ def describe_losses(log_dir, step):
                              ("val", "validation loss (nats a token)"),
                              ("bits_per_byte", "validation loss (bits per byte)"),
                              ("hella", "HellaSwag accuracy (length-normalised)")):
-            steps, values = plot.read_log(log_dir).get(stream, ((), ()))
+            steps, values = read_log(log_dir).get(stream, ((), ()))
             known = [(s, value) for s, value in zip(steps, values, strict=True) if s <= step]
             if known:
                 rows.append(f"| {name} | {known[-1][1]:.4f} | {known[-1][0]:,} |")
@@ -210,7 +209,7 @@ def json_bytes(value):
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
 
 
-def check_out(out):
+def new_folder(out):
     """The absolute path of a folder to be made. Raises UserError if something is there."""
     out = Path(out).resolve()
     if out.is_dir() and any(out.iterdir()):
@@ -226,7 +225,7 @@ def export(source, out, dtype="float32", name=None):
     `name` is what the model card calls the model. Raises UserError for what the user can mend.
     """
     from safetensors.torch import save_file
-    out, path = check_out(out), resolve_checkpoint(source)
+    out, path = new_folder(out), resolve_checkpoint(source)
     if path is None:
         raise UserError(f"{source} is neither a checkpoint nor a log folder: name one")
     checkpoint = load_checkpoint(path)
@@ -276,8 +275,7 @@ def push(folder, name, private):
 
 def parse_args():
     """The flags. Raises UserError for those that do not go together."""
-    parser = fineweb.OneLineParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("source", help="a checkpoint, or a log folder: its newest one")
     parser.add_argument("out", help="the folder to make")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32",
@@ -304,4 +302,4 @@ def main():
 
 
 if __name__ == "__main__":
-    fineweb.run_main(main)
+    run_main(main)

@@ -16,13 +16,10 @@ ends up the same, byte for byte. This module never imports torch.
 
 import argparse
 import contextlib
-import hashlib
-import json
 import math
 import os
 import re
 import shutil
-import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -32,165 +29,37 @@ import numpy as np
 from tqdm import tqdm
 
 import sources
-from cli import OneLineParser, UserError, run_main
-from sources import Input, Tally
-from tokenizer import Tokenizer, check_spec, make_tokenizer
+from cli import UserError, env_rank, make_parser, run_main
+from files import read_json, sha256, write_atomically, write_json
+from shards import (
+    FORMAT_VERSION,
+    SPLITS,
+    describe_head,
+    describe_totals,
+    find_shards,
+    print_stats,
+    read_meta,
+    shard_name,
+    verify,
+)
+from sources import Input, RowCounter
+from tokenizer import check_spec, make_tokenizer
 
-FORMAT_VERSION = 1
-SPLITS = ("val", "train")
-SHARD_NAME = re.compile(r"edufineweb_(val|train)_(\d{6})\.npy")
 SAMPLE_BYTES = 100_000_000  # a trained tokenizer learns from at most this much text
 KEPT_BYTES = 100_000_000  # a corpus up to this size is read once, and stays in memory
 GROUP_CHARS = 1 << 18  # text that a tokenizer thread is handed at once
 BYTES_PER_TOKEN = 4  # a rough figure for English, used only to tell small corpora from large ones
-HEAD_TOKENS = 4096  # what the quick checksum of a shard covers
 
 
 # -----------------------------------------------------------------------------
 # the shard format, reading side
 
 
-def read_json(path):
-    """The JSON value in a file; raises UserError if it is damaged."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}): make the folder again") from error
-
-
-def read_meta(data_dir):
-    """meta.json of a folder of shards; a folder without one (build-nanogpt's) counts as gpt2."""
-    path = Path(data_dir) / "meta.json"
-    if path.is_file():
-        return read_json(path)
-    if next(Path(data_dir).glob("in_progress_*.json"), None):
-        raise UserError(f"{data_dir} is half done: give the fineweb.py command that began it again")
-    return {"tokenizer": "gpt2", "vocab_size": 50257, "eot": 50256}
-
-
-def fingerprint(data_dir):
-    """A short text that differs for folders of other tokens, wherever they lie."""
-    meta = read_meta(data_dir)
-    shards = [(path.name, path.stat().st_size) for split in SPLITS
-              for path in find_shards(data_dir, split)]
-    known = [meta["tokenizer"], meta.get("tokenizer_sha256"), meta.get("shards"), shards]
-    return sha256(json.dumps(known, sort_keys=True).encode("utf-8"))[:16]
-
-
-def load_data_tokenizer(data_dir):
-    """The tokenizer that a folder of shards was made with."""
-    meta = read_meta(data_dir)
-    if "tokenizer_file" not in meta:
-        return Tokenizer(meta["tokenizer"])
-    path = Path(data_dir) / meta["tokenizer_file"]
-    if not path.is_file():
-        raise UserError(f"{path} is missing: make {data_dir} again with fineweb.py")
-    model = path.read_text(encoding="utf-8")
-    if sha256(model.encode("utf-8")) != meta["tokenizer_sha256"]:
-        raise UserError(f"{path} is not the tokenizer {data_dir} was made with: make it again")
-    return Tokenizer(meta["tokenizer"], model)
-
-
-def find_shards(data_dir, split):
-    """Sorted paths of a split's shards. Raises UserError where one is missing in the middle."""
-    folder = Path(data_dir)
-    found = {}
-    for path in folder.iterdir() if folder.is_dir() else ():
-        match = SHARD_NAME.fullmatch(path.name)  # neither strays nor temporary files
-        if match and match.group(1) == split:
-            found[int(match.group(2))] = path
-    if found and sorted(found) != list(range(min(found), min(found) + len(found))):
-        missing = min(set(range(min(found), max(found))) - set(found))
-        raise UserError(f"{folder} lacks edufineweb_{split}_{missing:06d}.npy: bring it back, or "
-                        "make the folder again")
-    return [found[index] for index in sorted(found)]
-
-
-def open_shard(path):
-    """A shard as a read-only memory map, 1-D uint16 or uint32. Raises UserError for other files."""
-    try:
-        tokens = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise UserError(f"{path} is truncated or no .npy file ({error}): make it again") from error
-    if tokens.ndim != 1 or tokens.dtype not in (np.uint16, np.uint32):
-        raise UserError(f"{path} is no token shard: it holds {tokens.ndim}-D {tokens.dtype}, "
-                        "not 1-D uint16 or uint32; remove it or make it with fineweb.py")
-    return tokens
-
-
-def check_shards(data_dir, split):
-    """
-    Open a split as meta.json describes it: [(path, memory map)]. Raises UserError for a shard that
-    is missing, damaged, of another tokenizer or of another folder; reads little of each.
-    """
-    meta = read_meta(data_dir)
-    listed = {s["name"]: s for s in meta.get("shards", [])}
-    shards = [(path, open_shard(path)) for path in find_shards(data_dir, split)]
-    for path, tokens in shards:
-        check_ids(tokens[:100_000], meta["vocab_size"], path)
-        entry = listed.get(path.name)
-        if listed and (entry is None or describe_head(tokens) != entry["head"]):
-            raise UserError(f"{path} is not the shard that meta.json describes: are two data sets "
-                            "mixed here? bring back the right one, or make the folder again")
-    lost = {n for n in listed if f"_{split}_" in n} - {path.name for path, _ in shards}
-    if lost and shards:
-        raise UserError(f"{data_dir} lacks {min(lost)}: bring it back or make the folder again")
-    return shards
-
-
-def check_ids(tokens, vocab_size, path):
-    """Raise UserError if a token id is outside of the vocabulary."""
-    if len(tokens) and tokens.max() >= vocab_size:
-        raise UserError(f"{path} has token id {tokens.max()}, but the vocabulary has only "
-                        f"{vocab_size} tokens: the shard is of another tokenizer")
-
-
-def describe_head(tokens):
-    """A quick mark of a shard's content: dtype, length and the CRC of its first tokens."""
-    head = np.ascontiguousarray(tokens[:HEAD_TOKENS])
-    return f"{tokens.dtype} {len(tokens)} {zlib.crc32(head.tobytes()):08x}"
-
-
 # -----------------------------------------------------------------------------
 # the shard format, writing side
 
 
-def write_atomically(path, write):
-    """Call `write(file)` on a temporary file beside `path`, then fsync and rename it into place."""
-    rank = os.environ.get("RANK", "0")  # processes that write the same file do not meet
-    temporary = path.with_name(f"{path.name}.{rank}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)  # on a full disk, half a file is in the way
-        raise
-    if os.name == "posix":  # the rename itself is safe once the folder is on disk
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
-
-
-def write_json(path, value):
-    """Write a JSON file atomically."""
-    text = json.dumps(value, indent=1, ensure_ascii=False)
-    write_atomically(path, lambda file: file.write(text.encode("utf-8")))
-
-
-def sha256(data):
-    """Hexadecimal SHA-256 of bytes or of an array's memory."""
-    return hashlib.sha256(data).hexdigest()
-
-
-def shard_name(split, index):
-    """File name of a shard; val starts at 0, train at 1."""
-    return f"edufineweb_{split}_{index:06d}.npy"
-
-
-class Piece(NamedTuple):
+class TextChunk(NamedTuple):
     """Some text of one document, where it was read, and the split it is for (None: by place)."""
 
     text: str
@@ -355,7 +224,7 @@ class Corpus:
 
     def pieces(self, indices=None, first=(0, 0), tally=None, drop=False):
         """Yield the Pieces of some inputs from position `first` (file, piece) on."""
-        tally = tally or Tally(quiet=True)
+        tally = tally or RowCounter(quiet=True)
         if self.kept:  # small corpora are always read from the start
             tally.take(self.kept_tally)
             return split_by_bytes(self.kept, self.train_bytes)
@@ -363,7 +232,7 @@ class Corpus:
         read = sources.read_inputs(
             self.inputs, [i for i in indices if i >= first[0]], self.text_column,
             tally, self.downloads, drop, self.prefetch)
-        pieces = (Piece(text, starts, None, file, number, len(text.encode("utf-8")))
+        pieces = (TextChunk(text, starts, None, file, number, len(text.encode("utf-8")))
                   for file, number, text, starts in read
                   if (file, number) >= tuple(first))  # those before are read, but not tokenized
         return pieces if self.train_bytes is None else split_by_bytes(pieces, self.train_bytes)
@@ -375,7 +244,7 @@ class Corpus:
         """
         if sources.is_on_hub(self.inputs):
             return False
-        total, kept, tally = 0, [], Tally(quiet=True)
+        total, kept, tally = 0, [], RowCounter(quiet=True)
         pieces = self.pieces(tally=tally)
         # compressed text may well be four times as long
         times = 4 if self.inputs[0].name.endswith((".gz", ".parquet")) else 1
@@ -513,7 +382,7 @@ def prepare(source, out, tokenizer="gpt2", config=None, split="train", text_colu
         writer = ShardWriter(
             out_dir, model, state, state_file, 0 if small or rank else val_size, shard_size,
             max_tokens and max_tokens // world_size, f"part_{rank:04d}_" if world_size > 1 else "")
-        tally = Tally(state["rows"])
+        tally = RowCounter(state["rows"])
         pieces = corpus.pieces(mine, state["next"][:2], tally, not keep_downloads)
         write_shards(pieces, model, writer, inputs, num_proc)
     state["done"] = True
@@ -569,68 +438,6 @@ def finish(out_dir, tokenizer, recipe, keep_downloads):
 # a look at a folder
 
 
-def verify(data_dir):
-    """Print a table of the shards of a folder; raises UserError if anything about it is wrong."""
-    if not find_shards(data_dir, "train") + find_shards(data_dir, "val"):
-        raise UserError(f"{data_dir} holds no shards")
-    meta = read_meta(data_dir)
-    listed = {shard["name"]: shard for shard in meta.get("shards", ())}
-    damage = 0
-    found = find_shards(data_dir, "val") + find_shards(data_dir, "train")
-    names = sorted(set(listed) | {path.name for path in found})
-    for name in names:
-        trouble = verify_shard(Path(data_dir) / name, listed, meta)
-        damage += trouble is not None
-        print(f"{name}  {listed.get(name, {}).get('tokens', '?'):>12}  {trouble or 'good'}")
-    if "tokenizer_file" in meta:
-        load_data_tokenizer(data_dir)
-    if damage:
-        raise UserError(f"{damage} of {len(names)} shards of {data_dir} are damaged: make it again")
-    print(f"{data_dir} is whole: {len(names)} shards" + ("" if listed else ", without checksums"))
-
-
-def verify_shard(path, listed, meta):
-    """What is wrong with a shard, in a few words, or None."""
-    if not path.is_file():
-        return "is missing"
-    if listed and path.name not in listed:
-        return "is not in meta.json"
-    try:
-        tokens = open_shard(path)
-        check_ids(tokens, meta["vocab_size"], path)
-    except UserError as error:
-        return str(error)
-    if "_val_" in path.name and len(tokens) and tokens[0] != meta["eot"]:
-        return "does not open with end-of-text"
-    if listed and str(tokens.dtype) != meta["dtype"]:
-        return f"is {tokens.dtype}, not {meta['dtype']}"
-    if listed and sha256(np.ascontiguousarray(tokens)) != listed[path.name]["sha256"]:
-        return "differs from its checksum"
-    return None
-
-
-def print_stats(data_dir):
-    """Print the size of each split of a folder, and how it begins."""
-    meta, tokenizer = read_meta(data_dir), load_data_tokenizer(data_dir)
-    print(f"tokenizer {meta['tokenizer']}, {meta['vocab_size']:,} tokens")
-    for split in SPLITS:
-        shards = check_shards(data_dir, split)
-        num_tokens = sum(len(tokens) for _, tokens in shards)
-        totals = describe_totals(meta, split)
-        print(f"{split}: {len(shards)} shards, {num_tokens:,} tokens{totals}")
-        if shards:
-            print(f"  {tokenizer.decode(shards[0][1][1:80])!r}")
-
-
-def describe_totals(meta, split):
-    """Documents and bytes per token of a split, where meta.json tells."""
-    totals = meta.get("splits", {}).get(split)
-    if not totals or not totals["tokens"]:
-        return ""
-    return (f", {totals['documents']:,} documents, "
-            f"{totals['bytes'] / totals['tokens']:.2f} bytes per token")
-
-
 # -----------------------------------------------------------------------------
 # the command line
 
@@ -645,7 +452,7 @@ def parse_count(text):
 
 def parse_args():
     """The command line of this script."""
-    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = make_parser(__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add = parser.add_argument
     add("--source", nargs="+", default=["HuggingFaceFW/fineweb-edu"],
         help="files, folders, - for standard input, 'builtin', or Hugging Face datasets")
@@ -660,7 +467,7 @@ def parse_args():
     add("--val_fraction", type=float, default=0.1,
         help="share of a small corpus, or of --max_tokens, that becomes val (%(default)s)")
     add("--num_proc", type=int, help="tokenizer threads (all cores)")
-    add("--rank", type=int, default=int(os.environ.get("RANK", 0)),
+    add("--rank", type=int, default=env_rank(),
         help="which share of the inputs is ours (torchrun sets it)")
     add("--world_size", type=int, default=int(os.environ.get("WORLD_SIZE", 1)),
         help="how many processes share the inputs (torchrun sets it)")

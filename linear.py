@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-LARGE = 2**19  # elements of a weight: with smaller ones oneDNN loses
+ONEDNN_MIN_NUMEL = 2**19  # elements of a weight: with smaller ones oneDNN loses
 
 
 @functools.cache
@@ -21,9 +21,9 @@ def have_onednn():
     return x86 and torch.backends.mkldnn.is_available()
 
 
-def suits_onednn(weight):
+def use_onednn(weight):
     """Whether a product with this weight is one for oneDNN: float32, on the CPU, large."""
-    if weight.device.type != "cpu" or weight.dtype != torch.float32 or weight.numel() < LARGE:
+    if weight.device.type != "cpu" or weight.dtype != torch.float32 or weight.numel() < ONEDNN_MIN_NUMEL:
         return False
     # torch.compile chooses by itself; autocast wants another dtype; --safe switches oneDNN off
     return not (torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")) and (
@@ -85,7 +85,7 @@ def gelu_linear(x, weight, bias):
 
 def linear(x, weight, bias=None):
     """F.linear(x, weight, bias), by the faster library."""
-    if not suits_onednn(weight):
+    if not use_onednn(weight):
         return F.linear(x, weight, bias)
     if not torch.is_grad_enabled():
         return multiply(x, weight, bias)
@@ -117,7 +117,7 @@ class PackedLinear(nn.Module):
         return multiply(x, self.weight, self.bias)
 
 
-def pack_linears(model):
+def prepack(model):
     """
     Lay out the large matrices of a GPT for inference, in place, where that helps; it can then
     neither train nor be saved. Its lm_head is in memory twice: the token embedding reads it row by
@@ -125,5 +125,5 @@ def pack_linears(model):
     """
     for parent in [m for m in model.modules() if not isinstance(m, nn.Linear)]:
         for name, child in parent.named_children():  # one matrix at a time exists twice
-            if isinstance(child, nn.Linear) and suits_onednn(child.weight):
+            if isinstance(child, nn.Linear) and use_onednn(child.weight):
                 setattr(parent, name, PackedLinear(child))

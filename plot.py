@@ -5,47 +5,19 @@ Draws what log.txt holds: losses, HellaSwag accuracy, learning rate and gradient
     python plot.py log other_log --out both.png
 """
 
-import argparse
 import gc
 import math
 from pathlib import Path
 
 import numpy as np
 
-import fineweb
-from fineweb import UserError
+from cli import UserError, make_parser, run_main
+from runlog import read_log, read_run
 
 # (value, name) of published models, for runs on FineWeb-EDU with the gpt2 tokenizer: OpenAI's GPT-2
 # scored on its val shard (build-nanogpt), GPT-3 from its paper
 REFERENCES = {"val": [(3.2924, "OpenAI GPT-2 124M")],
               "hella": [(0.2955, "OpenAI GPT-2 124M"), (0.337, "GPT-3 124M")]}
-
-
-def read_log(log_dir):
-    """
-    {stream: (steps, values)} of log_dir/log.txt, two lists each, by step. A step that was done
-    twice counts as it came out last. Damaged lines are skipped: a killed run may leave one. Raises
-    UserError if there is no log.
-    """
-    path = Path(log_dir) / "log.txt"
-    if not path.is_file():
-        raise UserError(f"{log_dir} has no log.txt: name the log folder of a run")
-    streams = {}
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:
-        try:
-            step, stream, value = line.split()
-            streams.setdefault(stream, {})[int(step)] = float(value)
-        except ValueError:
-            continue
-    if not streams:
-        raise UserError(f"{path} holds no line of 'step stream value' yet")
-    return {name: (sorted(at), [at[step] for step in sorted(at)]) for name, at in streams.items()}
-
-
-def read_run(log_dir):
-    """run.json, which a run leaves beside its log.txt, as a dict; empty if there is none."""
-    path = Path(log_dir) / "run.json"
-    return fineweb.read_json(path) if path.is_file() else {}
 
 
 def is_fineweb_edu(run):
@@ -154,8 +126,7 @@ def try_to_plot(log_dir, master_process=True):
 
 def parse_args():
     """The flags."""
-    parser = fineweb.OneLineParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("log_dirs", nargs="*", default=["log"], metavar="LOGDIR",
                         help="log folders of runs, drawn over each other (log)")
     parser.add_argument("--out", help="the picture (loss.png in the first folder)")
@@ -171,4 +142,4 @@ def main():
 
 
 if __name__ == "__main__":
-    fineweb.run_main(main)
+    run_main(main)

@@ -3,7 +3,6 @@ Reads GPT-2 weights in Hugging Face's format, from the hub or a folder, into the
 train_gpt2.py.
 """
 
-import json
 import math
 import re
 from pathlib import Path
@@ -12,7 +11,8 @@ from zipfile import is_zipfile
 import torch
 from torch.overrides import TorchFunctionMode
 
-from fineweb import UserError
+from cli import UserError, first_line
+from files import read_json
 from tokenizer import END_OF_TEXT, Tokenizer, byte_level, read_tokenizer
 
 # OpenAI stored these as (in, out), the transpose of nn.Linear
@@ -20,7 +20,7 @@ TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "ml
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json",
                 "pytorch_model.bin", "pytorch_model.bin.index.json")
 # what a config.json leaves out is as in GPT-2 124M
-SHAPE = {"n_positions": 1024, "vocab_size": 50257, "n_layer": 12, "n_head": 12, "n_embd": 768}
+GPT2_DEFAULTS = {"n_positions": 1024, "vocab_size": 50257, "n_layer": 12, "n_head": 12, "n_embd": 768}
 
 
 class SkipInit(TorchFunctionMode):
@@ -60,7 +60,7 @@ def read_config(name_or_dir):
     path = fetch(name_or_dir, "config.json")
     if path is None:
         raise UserError(f"{name_or_dir} is no Hugging Face model: it has no config.json")
-    config = SHAPE | read_json(path)
+    config = GPT2_DEFAULTS | read_json(path, "download it again")
     expected = {"model_type": ("gpt2",), "tie_word_embeddings": (True,),
                 "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
                 "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,),
@@ -69,21 +69,13 @@ def read_config(name_or_dir):
         if config.get(key, allowed[0]) not in allowed:
             raise UserError(f"{name_or_dir} is no GPT-2: its {key} is {config[key]!r}, "
                             f"not {allowed[0]!r}")
-    for key in SHAPE:
+    for key in GPT2_DEFAULTS:
         if type(config[key]) is not int:
             raise UserError(f"{path} is damaged: {key} is {config[key]!r}, no whole number")
     if config.get("n_inner") not in (None, 4 * config["n_embd"]):
         raise UserError(f"{name_or_dir} is no GPT-2: its n_inner is {config['n_inner']}, not "
                         f"4 x n_embd = {4 * config['n_embd']}")
     return config
-
-
-def read_json(path):
-    """The dict in a JSON file. Raises UserError if it is damaged."""
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}): download it again") from error
 
 
 def copy_weights(model, name_or_dir):
@@ -119,7 +111,7 @@ def weight_files(name_or_dir):
         raise UserError(f"{name_or_dir} has no weights: none of {', '.join(WEIGHT_FILES)}")
     if path.suffix != ".json":
         return [path]
-    names = sorted(set(read_json(path).get("weight_map", {}).values()))
+    names = sorted(set(read_json(path, "download it again").get("weight_map", {}).values()))
     paths = [fetch(name_or_dir, name) for name in names]
     if None in paths:
         raise UserError(f"{name_or_dir} lacks {names[paths.index(None)]}: download it again")
@@ -150,8 +142,7 @@ def read_torch_file(path):
     try:  # files from before torch 1.6 are no zip, and cannot be mapped
         return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
     except Exception as error:  # torch raises half a dozen kinds
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path} holds no weights, or is damaged ({reason:.100}): download it "
+        raise UserError(f"{path} holds no weights, or is damaged ({first_line(error):.100}): download it "
                         "again") from error
 
 

@@ -6,7 +6,6 @@ Samples text from a trained model.
     python sample.py --interactive                       # you write a line, the model goes on
 """
 
-import argparse
 import codecs
 import contextlib
 import json
@@ -17,14 +16,15 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 
-import fineweb
-from cli import keep_memory
-from devices import pick_device
-from fineweb import UserError
-from linear import pack_linears
+from checkpoints import default_source
+from cli import UserError, make_parser, run_main
+from device import pick_device, tune_malloc
+from files import write_atomically
+from generate import generate
+from linear import prepack
+from train_gpt2 import load
 
 # temperature flattens (> 1) or sharpens (< 1) the distribution; top_k keeps the k likeliest tokens
 # (0: all); top_p then keeps the fewest of them that together have this share of the probability
@@ -38,125 +38,6 @@ ROWS_AT_ONCE = 16  # more samples than these are drawn in turn: each row has a c
 
 # -----------------------------------------------------------------------------
 # the model, one token at a time
-
-
-class KVCache:
-    """
-    Keys and values of all tokens seen so far, so that a new token costs a forward of one position.
-
-    Allocated once, in the dtype of the weights, for `positions` tokens of `batch_size` rows.
-    GPT.forward appends to it and counts `length` on. A prefill of one row fills all rows: samples
-    of one prompt share it.
-    """
-
-    def __init__(self, model, batch_size, positions):
-        config, weight = model.config, model.transformer.wte.weight
-        shape = (config.n_layer, batch_size, config.n_head, positions,
-                 config.n_embd // config.n_head)
-        self.k = torch.empty(shape, dtype=weight.dtype, device=weight.device)
-        self.v = torch.empty_like(self.k)
-        self.length = 0
-
-    def append(self, layer, k, v):
-        """Store k, v (B, nh, T, hs) of one layer; returns all that layer holds, (B, nh, S, hs)."""
-        B, end = k.size(0), self.length + k.size(2)
-        self.k[layer, :, :, self.length:end] = k
-        self.v[layer, :, :, self.length:end] = v
-        return self.k[layer, :B, :, :end], self.v[layer, :B, :, :end]
-
-    def keep(self, rows):
-        """Go on with these rows only, a list of their numbers."""
-        self.k, self.v = self.k[:, rows], self.v[:, rows]
-
-
-def reached_by(count, logits):
-    """A value that the `count` largest of logits (V,) reach and few others, found fast."""
-    size = max(len(logits) // (16 * count), 1)
-    maxima = logits[:len(logits) // size * size].reshape(-1, size).max(1)  # of blocks
-    return np.partition(maxima, -count)[-count]
-
-
-def pick_token(logits, rng, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, seen=()):
-    """
-    Draw a token id from logits (V,), a numpy array on the CPU, in the order repetition_penalty on
-    the ids in `seen`, temperature, top_k, top_p. Temperature 0 takes the likeliest. numpy, so that
-    every device draws alike. Raises UserError if the logits are not finite.
-    """
-    if not np.isfinite(logits).all():
-        raise UserError("the model's logits are not finite: its weights are damaged, or its dtype "
-                        "is too narrow for them (try --dtype float32)")
-    logits = logits.astype(np.float64)
-    if repetition_penalty != 1:  # Keskar et al. 2019
-        seen = np.unique(np.asarray(seen, dtype=np.int64))
-        old = logits[seen]
-        logits[seen] = np.where(old > 0, old / repetition_penalty, old * repetition_penalty)
-    if temperature == 0:
-        return int(logits.argmax())
-    if 0 < top_k < len(logits):
-        ids = np.flatnonzero(logits >= reached_by(top_k, logits))  # k of them, and some more
-        ids = ids[np.argsort(-logits[ids], kind="stable")][:top_k]  # likeliest first, ties by id
-    else:
-        ids = np.arange(len(logits))
-    share = np.exp((logits[ids] - logits.max()) / temperature)
-    share /= share.sum()
-    # tokens this unlikely make up less than 1 - top_p even together, so the likeliest of share
-    # top_p are without them: that spares sorting the whole vocabulary
-    likely = share >= (1 - top_p) / len(share)
-    ids, share = ids[likely], share[likely]
-    order = np.argsort(-share, kind="stable")
-    cumulative = np.cumsum(share[order])
-    cumulative = cumulative[:np.searchsorted(cumulative, top_p) + 1]  # at least one survives
-    draw = rng.random() * cumulative[-1]
-    place = np.searchsorted(cumulative, draw, side="right")
-    return int(ids[order[min(place, len(cumulative) - 1)]])
-
-
-@torch.inference_mode()
-def generate(model, prompt, eot, vocab_size, num_samples=1, max_new_tokens=64, seed=42,
-             first_sample=0, ignore_eot=False, on_token=None, **choice):
-    """
-    Continue `prompt` (a list of token ids; empty: start from `eot`) `num_samples` times; returns
-    the lists of new ids. A row ends before `eot` (unless `ignore_eot`) or after max_new_tokens.
-    Ids of `vocab_size` and above never come out. Sample i draws from a generator seeded with
-    (seed, first_sample + i); `choice` are keywords of pick_token. `on_token(i, token)` is called
-    with every new id, None if `eot` ended the row, and ends the row by returning true.
-
-    When the context is full, its older half is dropped and the rest computed anew: positions are
-    learned, so cached keys cannot move.
-    """
-    device, block_size = model.transformer.wte.weight.device, model.config.block_size
-    prompt = list(prompt) or [eot]
-    cache = KVCache(model, num_samples, min(len(prompt) + max_new_tokens, block_size))
-    rngs = [np.random.default_rng([seed, first_sample + i]) for i in range(num_samples)]
-    rows = [[] for _ in range(num_samples)]
-    live = list(range(num_samples))  # the rows that go on
-    idx = torch.tensor([prompt[-block_size:]], device=device)  # (1, T): one prefill for all rows
-    for _ in range(max_new_tokens):
-        if cache.length + idx.size(1) > block_size:
-            cache.length = 0
-            window = [(prompt + rows[i])[-max(block_size // 2, 1):] for i in live]
-            idx = torch.tensor(window, device=device)  # (B, block_size // 2)
-        logits, _ = model(idx, kv_cache=cache, last_only=True)  # (B, 1, V)
-        logits = logits[:, -1, :vocab_size].float().cpu().numpy()  # (B, vocab_size)
-        ended = set()
-        for place, i in enumerate(live):
-            # after a shared prefill all rows have the same logits, and each draws its own token
-            token = pick_token(logits[place % len(logits)], rngs[i], seen=prompt + rows[i],
-                               **choice)
-            if token == eot and not ignore_eot:
-                token = None
-            else:
-                rows[i].append(token)
-            if (on_token and on_token(i, token)) or token is None:
-                ended.add(place)
-        if ended:
-            going_on = [place for place in range(len(live)) if place not in ended]
-            live = [live[place] for place in going_on]
-            cache.keep(going_on)
-        if not live:
-            break
-        idx = torch.tensor([[rows[i][-1]] for i in live], device=device)  # (B, 1)
-    return rows
 
 
 # -----------------------------------------------------------------------------
@@ -374,16 +255,9 @@ def parse(name, text):
     raise UserError(f"{name} {text}: it must be a {'whole ' if kind is int else ''}number {span}")
 
 
-def default_model():
-    """GPT2_MODEL from the environment, else the newest run in log/, else OpenAI's gpt2."""
-    from train_gpt2 import find_checkpoint
-    return os.environ.get("GPT2_MODEL") or ("log" if find_checkpoint("log") else "gpt2")
-
-
 def parse_args():
     """The command line, its numbers checked. Raises UserError."""
-    parser = fineweb.OneLineParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     add = parser.add_argument
     add("--model", help="checkpoint, log folder, Hugging Face folder or hub name (default: "
         "GPT2_MODEL in the environment, else the newest checkpoint in log/, else gpt2)")
@@ -454,22 +328,18 @@ def restart_safely():
     os.execv(command[0], command)
 
 
-def load(args):
+def load_for_sampling(args):
     """(model, tokenizer) as the command line wants them, ready to sample. Raises UserError."""
-    from train_gpt2 import load_model, load_tokenizer
     device = torch.device("cpu") if args.safe else pick_device(args.device)
     if args.compile and (args.safe or device.type != "cuda"):
         raise UserError("--compile is for CUDA, and not for --safe: leave it out")
     torch.backends.mkldnn.enabled = not args.safe  # oneDNN generates its code at run time
     torch.set_float32_matmul_precision(args.matmul_precision)
-    source = args.model or default_model()
-    tokenizer = load_tokenizer(source)
-    model = load_model(source).to(device=device, dtype=getattr(torch, args.dtype))
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise UserError(f"{source} knows {model.config.vocab_size} tokens, its tokenizer "
-                        f"{tokenizer.vocab_size}: put its own tokenizer.json beside it")
+    source = args.model or default_source()
+    model, tokenizer = load(source)
+    model = model.to(device=device, dtype=getattr(torch, args.dtype))
     if args.num_samples > 1 and not args.interactive:  # one row alone is as fast without
-        pack_linears(model)
+        prepack(model)
     if args.compile:
         model.forward = torch.compile(model.forward, dynamic=True)  # lengths change all the time
     return model, tokenizer
@@ -477,7 +347,7 @@ def load(args):
 
 def main():
     """The command line: samples, or a conversation."""
-    keep_memory()
+    tune_malloc()
     args = parse_args()
     if args.safe:
         restart_safely()
@@ -489,15 +359,15 @@ def main():
     if args.greedy:
         choice["temperature"] = 0
     prompt = None if args.interactive else read_prompt(args)
-    model, tokenizer = load(args)
+    model, tokenizer = load_for_sampling(args)
     if args.interactive:
         interact(Session(model, tokenizer, args, choice))
         return
     results = print_samples(model, tokenizer, prompt, args, choice)
     if args.out:
         lines = "".join(json.dumps(result, ensure_ascii=False) + "\n" for result in results)
-        fineweb.write_atomically(Path(args.out), lambda file: file.write(lines.encode("utf-8")))
+        write_atomically(Path(args.out), lambda file: file.write(lines.encode("utf-8")))
 
 
 if __name__ == "__main__":
-    fineweb.run_main(main)
+    run_main(main)

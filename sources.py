@@ -21,7 +21,7 @@ from typing import NamedTuple
 from cli import UserError
 
 TEXT_SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
-PIECE_CHARS = 1 << 18  # about 60,000 tokens of English
+CHUNK_CHARS = 1 << 18  # about 60,000 tokens of English
 HUB_ATTEMPTS = 5  # on top of huggingface_hub's own retries
 HUB_HELP = ("check the name and the network, set HF_ENDPOINT to a mirror of the hub or HF_TOKEN to "
             "your token, or HF_HUB_OFFLINE=1 to use what is in the cache; what is finished stays")
@@ -34,7 +34,7 @@ class Input(NamedTuple):
     size: int
 
 
-class Tally:
+class RowCounter:
     """
     Counts the rows of a file and names the first that hold no text; more than 1 % are an error.
     `files` keeps {index of the input: [rows, bad rows]} of every file that was read to its end. A
@@ -200,11 +200,11 @@ def spool_stdin(folder):
 # readers
 
 
-def cut_in_pieces(text):
+def cut_in_chunks(text):
     """Yield (piece, starts_document), the pieces cut after a line end where there is one."""
     starts = True
-    while len(text) > PIECE_CHARS:
-        cut = text.rfind("\n", 0, PIECE_CHARS) + 1 or PIECE_CHARS
+    while len(text) > CHUNK_CHARS:
+        cut = text.rfind("\n", 0, CHUNK_CHARS) + 1 or CHUNK_CHARS
         yield text[:cut], starts
         text, starts = text[cut:], False
     if text:
@@ -227,7 +227,7 @@ def read_file(path, text_column, tally):
             text.encode("utf-8")
         except UnicodeEncodeError:  # JSON can spell half a surrogate pair, which UTF-8 cannot
             text = text.encode("utf-8", errors="replace").decode("utf-8")
-        yield from cut_in_pieces(text)
+        yield from cut_in_chunks(text)
 
 
 def read_txt(path):
@@ -235,7 +235,7 @@ def read_txt(path):
     starts, rest = True, ""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            for chunk in iter(lambda: file.read(PIECE_CHARS), ""):
+            for chunk in iter(lambda: file.read(CHUNK_CHARS), ""):
                 head, newline, rest = (rest + chunk).rpartition("\n")
                 head, rest = (head, rest) if newline else (rest, "")  # long lines: cut anywhere
                 yield head + newline, starts
@@ -296,7 +296,7 @@ def read_parquet(path, text_column):
 def read_builtin():
     """Yield the pieces of builtin_documents()."""
     for text in builtin_documents():
-        yield from cut_in_pieces(text)
+        yield from cut_in_chunks(text)
 
 
 @functools.cache  # parsing the library takes seconds, and every pass over the source asks for it

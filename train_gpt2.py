@@ -9,7 +9,6 @@ A run is (model, optimizer, step): the learning rate, the batch and everything e
 function of the step, so a run continues from a checkpoint exactly where it was.
 """
 
-import argparse
 import itertools
 import math
 import os
@@ -31,43 +30,42 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.checkpoint import checkpoint as recompute
 
+import checkpoints
 import fineweb
-import hellaswag
-import logs
-import machines
 import parallel
 import plot
+import preflight
+import presets
 import pretrained
-import sample
-from checkpoints import (
-    find_checkpoint,
-    load_checkpoint,
-    load_tokenizer,  # noqa: F401, goes with load_model for the other scripts
-    prune_checkpoints,
-    resolve_checkpoint,
-    resume,
-    save_checkpoint,
-)
-from cli import add_knobs, keep_memory, knob
-from devices import (
-    Processes,
+import runlog
+import scoring
+import shards
+import tasks
+from cli import UserError, add_options, make_parser, option, run_main
+from device import (
     autocast,
     flops_per_token,
     format_mfu,
     free_cache,
-    init_distributed,
-    on_master,
     paused_garbage_collection,
     pick_dtype,
     set_seed,
-    sum_over_ranks,
     synchronize,
+    tune_malloc,
 )
-from fineweb import UserError
+from distributed import (
+    Ranks,
+    init_distributed,
+    naming_lost_processes,
+    on_master,
+    sum_over_ranks,
+)
+from generate import generate
 from linear import Linear, gelu_linear
 from loss import cross_entropy
-from optimizers import OPTIMIZERS, make_optimizer
+from optim import OPTIMIZERS, make_optimizer
 from signals import Signals
+from tokenizer import Tokenizer
 
 # -----------------------------------------------------------------------------
 # the model
@@ -97,7 +95,7 @@ class GPTConfig:
                             f"choose n_embd {near}, or another n_head")
 
 
-MODEL_SHAPES = {
+MODEL_SIZES = {
     "gpt2": dict(n_layer=12, n_head=12, n_embd=768),  # 124M
     "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),  # 350M
     "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),  # 774M
@@ -281,19 +279,19 @@ class DataLoaderLite:
                  grad_accum_steps=1):
         self.B, self.T, self.rank, self.world_size = B, T, rank, world_size
         self.seed, self.shuffle, self.grad_accum_steps = seed, shuffle, grad_accum_steps
-        meta = fineweb.read_meta(data_dir)
+        meta = shards.read_meta(data_dir)
         self.vocab_size = meta["vocab_size"]
         totals = meta.get("splits", {}).get(split, {})  # unknown in build-nanogpt's folders
         self.bytes_per_token = totals["bytes"] / totals["tokens"] if totals.get("bytes") else None
-        shards = fineweb.check_shards(data_dir, split)  # mistakes show now, not in a day
+        opened = shards.open_split(data_dir, split)  # mistakes show now, not in a day
         # a mapped file would count as resident, page by page: keep where to read instead
-        self.shards = [(path, tokens.dtype, tokens.offset) for path, tokens in shards]
-        if not shards:
+        self.shards = [(path, tokens.dtype, tokens.offset) for path, tokens in opened]
+        if not opened:
             other = "holds no" if Path(data_dir).is_dir() else "does not exist, so there is no"
             raise UserError(f"{data_dir} {other} {split} shard: run python fineweb.py "
                             f"--out {data_dir} (or name another --data_dir)")
         self._orders = OrderedDict()  # of the sequences in the shards in use
-        self.sequences = np.array([max(len(tokens) - 1, 0) // T for _, tokens in shards])
+        self.sequences = np.array([max(len(tokens) - 1, 0) // T for _, tokens in opened])
         self.num_sequences = int(self.sequences.sum())
         if self.num_sequences == 0:
             raise UserError(f"the {split} split of {data_dir} has no {T + 1} tokens in a row: "
@@ -322,7 +320,7 @@ class DataLoaderLite:
         start = int(self._order(epoch, shard)[index - ends[place] + self.sequences[shard]]) * self.T
         path, dtype, offset = self.shards[shard]
         tokens = np.fromfile(path, dtype, self.T + 1, offset=offset + start * dtype.itemsize)
-        fineweb.check_ids(tokens, self.vocab_size, path)
+        shards.check_ids(tokens, self.vocab_size, path)
         return tokens
 
     def rows(self, row_ids):
@@ -360,58 +358,58 @@ class DataLoaderLite:
 class TrainConfig:
     """Every knob of a run. The defaults are GPT-2 124M on 10B tokens of FineWeb-EDU."""
 
-    data_dir: str = knob("edu_fineweb10B", "folder of token shards, made by fineweb.py")
-    log_dir: str = knob("log", "folder for checkpoints and log.txt")
-    resume: str | None = knob(None, "continue from this checkpoint, or from the newest one in "
+    data_dir: str = option("edu_fineweb10B", "folder of token shards, made by fineweb.py")
+    log_dir: str = option("log", "folder for checkpoints and log.txt")
+    resume: str | None = option(None, "continue from this checkpoint, or from the newest one in "
                               "log_dir, if there is one", nargs="?", const="newest")
-    resume_anyway: bool = knob(False, "--resume, although the run was another one")
+    resume_anyway: bool = option(False, "--resume, although the run was another one")
     # model
-    model: str = knob("gpt2", "model shape", choices=tuple(MODEL_SHAPES))
-    n_layer: int | None = knob(None, "layers, instead of the model's")
-    n_head: int | None = knob(None, "attention heads, instead of the model's")
-    n_embd: int | None = knob(None, "width, instead of the model's")
-    block_size: int = knob(1024, "longest sequence the model can see, in tokens")
-    init_from: str | None = knob(None, "start from these weights: hub name, folder or checkpoint")
+    model: str = option("gpt2", "model shape", choices=tuple(MODEL_SIZES))
+    n_layer: int | None = option(None, "layers, instead of the model's")
+    n_head: int | None = option(None, "attention heads, instead of the model's")
+    n_embd: int | None = option(None, "width, instead of the model's")
+    block_size: int = option(1024, "longest sequence the model can see, in tokens")
+    init_from: str | None = option(None, "start from these weights: hub name, folder or checkpoint")
     # batch
-    B: int = knob(64, "sequences in a micro-batch, on each process")
-    T: int = knob(1024, "tokens in a sequence")
-    total_batch_size: int = knob(524_288, "tokens in an update, over all processes: 2**19")
-    shuffle: bool = knob(True, "shuffle shards and sequences, anew every epoch")
-    seed: int = knob(1337, "seed of the initial weights and of the data order")
+    B: int = option(64, "sequences in a micro-batch, on each process")
+    T: int = option(1024, "tokens in a sequence")
+    total_batch_size: int = option(524_288, "tokens in an update, over all processes: 2**19")
+    shuffle: bool = option(True, "shuffle shards and sequences, anew every epoch")
+    seed: int = option(1337, "seed of the initial weights and of the data order")
     # optimization: the GPT-3 paper's schedule for this size
-    max_steps: int = knob(19_073, "updates; 19,073 of 2**19 tokens are 10B tokens")
-    max_lr: float = knob(6e-4, "learning rate after warmup")
-    min_lr: float = knob(6e-5, "learning rate at the end")
-    warmup_steps: int = knob(715, "updates of linear warmup; 715 are 375M tokens")
-    optimizer: str = knob("adamw", "what turns gradients into updates", choices=OPTIMIZERS)
-    weight_decay: float = knob(0.1, "on matrices and embeddings")
-    beta2: float = knob(0.95, "AdamW's second moment decay")
-    grad_clip: float = knob(1.0, "largest gradient norm; 0 does not clip")
-    max_bad_steps: int = knob(5, "updates in a row without a finite loss that end the run")
+    max_steps: int = option(19_073, "updates; 19,073 of 2**19 tokens are 10B tokens")
+    max_lr: float = option(6e-4, "learning rate after warmup")
+    min_lr: float = option(6e-5, "learning rate at the end")
+    warmup_steps: int = option(715, "updates of linear warmup; 715 are 375M tokens")
+    optimizer: str = option("adamw", "what turns gradients into updates", choices=OPTIMIZERS)
+    weight_decay: float = option(0.1, "on matrices and embeddings")
+    beta2: float = option(0.95, "AdamW's second moment decay")
+    grad_clip: float = option(1.0, "largest gradient norm; 0 does not clip")
+    max_bad_steps: int = option(5, "updates in a row without a finite loss that end the run")
     # evaluation
-    eval_every: int = knob(250, "updates between validation losses; 0: only at the end")
-    val_tokens: int = knob(0, "validation tokens; 0: 20 x total_batch_size, 10,485,760 by default")
-    hellaswag_every: int = knob(250, "updates between HellaSwag evaluations; 0: never")
-    hellaswag_limit: int = knob(0, "HellaSwag examples; 0: all on CUDA, 200 elsewhere")
-    sample_every: int = knob(250, "updates between samples; 0: only at the end")
-    sample_prompt: str = knob("Hello, I'm a language model,", "what samples start with")
-    save_every: int = knob(1000, "updates between checkpoints; 0: only at the end")
-    keep_last: int = knob(3, "checkpoints to keep, the newest ones; 0: all")
-    keep_every: int = knob(5000, "keep the checkpoints at multiples of this, too; 0: none")
-    print_every: int = knob(1, "updates between printed lines; log.txt has them all")
-    plot_every: int = knob(1000, "updates between drawings of log_dir/loss.png; 0: never")
-    tensorboard: bool = knob(False, "what log.txt gets goes to TensorBoard too")
-    wandb: str | None = knob(None, "what log.txt gets goes to this wandb project too")
+    eval_every: int = option(250, "updates between validation losses; 0: only at the end")
+    val_tokens: int = option(0, "validation tokens; 0: 20 x total_batch_size, 10,485,760 by default")
+    hellaswag_every: int = option(250, "updates between HellaSwag evaluations; 0: never")
+    hellaswag_limit: int = option(0, "HellaSwag examples; 0: all on CUDA, 200 elsewhere")
+    sample_every: int = option(250, "updates between samples; 0: only at the end")
+    sample_prompt: str = option("Hello, I'm a language model,", "what samples start with")
+    save_every: int = option(1000, "updates between checkpoints; 0: only at the end")
+    keep_last: int = option(3, "checkpoints to keep, the newest ones; 0: all")
+    keep_every: int = option(5000, "keep the checkpoints at multiples of this, too; 0: none")
+    print_every: int = option(1, "updates between printed lines; log.txt has them all")
+    plot_every: int = option(1000, "updates between drawings of log_dir/loss.png; 0: never")
+    tensorboard: bool = option(False, "what log.txt gets goes to TensorBoard too")
+    wandb: str | None = option(None, "what log.txt gets goes to this wandb project too")
     # machine
-    device: str = knob("auto", "auto, cpu, cuda, cuda:N or mps")
-    dtype: str = knob("auto", "of autocast", choices=("auto", "float32", "bfloat16", "float16"))
-    compile: bool | None = knob(None, "compile the training step (default: on CUDA)")
-    compile_mode: str = knob("default", "how hard the compiler tries",
+    device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
+    dtype: str = option("auto", "of autocast", choices=("auto", "float32", "bfloat16", "float16"))
+    compile: bool | None = option(None, "compile the training step (default: on CUDA)")
+    compile_mode: str = option("default", "how hard the compiler tries",
                              choices=("default", "reduce-overhead", "max-autotune"))
-    grad_checkpoint: bool = knob(False, "recompute activations: a third slower, far less memory")
-    fsdp: bool = knob(False, "shard weights, gradients and optimizer over the processes")
-    deterministic: bool = knob(False, "only kernels that give the same bits every time")
-    check: bool = knob(False, "print what this machine has and whether the run could start")
+    grad_checkpoint: bool = option(False, "recompute activations: a third slower, far less memory")
+    fsdp: bool = option(False, "shard weights, gradients and optimizer over the processes")
+    deterministic: bool = option(False, "only kernels that give the same bits every time")
+    check: bool = option(False, "print what this machine has and whether the run could start")
 
 
 # what makes a run that run: a checkpoint is resumed only with these as they were
@@ -421,20 +419,19 @@ RECIPE = ("total_batch_size", "T", "seed", "shuffle", "max_steps", "max_lr", "mi
 
 def parse_config(argv=None):
     """(preset or None, TrainConfig) from the command line; explicit flags win over the preset."""
-    parser = fineweb.OneLineParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=(*machines.RUNS, "auto", *machines.MACHINES),
+    parser = make_parser(__doc__)
+    parser.add_argument("--preset", choices=(*presets.RUN_PRESETS, "auto", *presets.MACHINE_PRESETS),
                         help="values for other flags: a run, or what suits a machine")
-    add_knobs(parser, TrainConfig)
+    add_options(parser, TrainConfig)
     preset = parser.parse_known_args(argv)[0].preset
-    if preset in machines.RUNS:
-        parser.set_defaults(**machines.RUNS[preset])
+    if preset in presets.RUN_PRESETS:
+        parser.set_defaults(**presets.RUN_PRESETS[preset])
     elif preset:
-        parser.set_defaults(**machines.settings(preset))
+        parser.set_defaults(**presets.settings(preset))
     args = vars(parser.parse_args(argv))
     preset, config = args.pop("preset"), TrainConfig(**args)
-    if preset and preset not in machines.RUNS:
-        config.B = machines.fit_B(config)
+    if preset and preset not in presets.RUN_PRESETS:
+        config.B = presets.fit_B(config)
     return preset, config
 
 
@@ -448,7 +445,7 @@ def check_config(config, world_size):
     if config.T > config.block_size:
         raise UserError(f"--T {config.T} is longer than block_size {config.block_size}: "
                         f"lower --T or raise --block_size")
-    return machines.count_micro_steps(config, world_size)
+    return presets.count_micro_steps(config, world_size)
 
 
 def get_lr(step, config):
@@ -466,18 +463,34 @@ def get_lr(step, config):
 # trained models
 
 
-def load_model(source, device="cpu"):
+def load_model(source):
     """
-    A GPT on `device`: from a checkpoint file, a log folder (its newest checkpoint), a Hugging Face
-    folder or a hub name. Raises UserError if `source` is none of them.
+    A GPT on the CPU from a checkpoint, a log folder (its newest checkpoint), a Hugging Face folder
+    or a hub name. Raises UserError if `source` is none of them.
     """
-    path = resolve_checkpoint(source)
+    path = checkpoints.resolve_checkpoint(source)
     if path is None:
-        return GPT.from_pretrained(source).to(device)
-    checkpoint = load_checkpoint(path)
+        return GPT.from_pretrained(source)
+    checkpoint = checkpoints.load_checkpoint(path)
     model = GPT.empty(GPTConfig(**checkpoint["model_config"]))
     model.load_state_dict(checkpoint["model"])
-    return model.to(device)
+    return model
+
+
+def load(source, device="cpu"):
+    """
+    (GPT on `device`, its Tokenizer) from the same sources as load_model. Raises UserError if the
+    model does not know all ids of the tokenizer.
+    """
+    path = checkpoints.resolve_checkpoint(source)
+    tokenizer = (pretrained.load_tokenizer(source) if path is None else
+                 Tokenizer(**checkpoints.load_checkpoint(path)["tokenizer"]))
+    model = load_model(source)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise UserError(f"the tokenizer of {source} has {tokenizer.vocab_size} tokens, but the "
+                        f"model only {model.config.vocab_size}: put the model's own tokenizer.json "
+                        "beside it")
+    return model.to(device), tokenizer
 
 
 # -----------------------------------------------------------------------------
@@ -485,32 +498,32 @@ def load_model(source, device="cpu"):
 
 
 @torch.inference_mode()
-def evaluate_loss(raw_model, loader, val_tokens, processes, dtype, stop=lambda: False):
+def evaluate_loss(raw_model, loader, val_tokens, ranks, dtype, stop=lambda: False):
     """
     Mean loss (nats a token) over the first tokens of a split, shared out over all ranks; without a
     meaning if `stop()` ends it early.
     """
     num_sequences = max(val_tokens // loader.T, 1)
-    rows = range(processes.ddp_rank, num_sequences, processes.ddp_world_size)
+    rows = range(ranks.ddp_rank, num_sequences, ranks.ddp_world_size)
     loss_sum = 0.0
     for i in range(0, len(rows), loader.B):
         if stop():
             break
-        x, y = (t.to(processes.device) for t in loader.rows(rows[i:i + loader.B]))
-        with autocast(processes.device, dtype):
+        x, y = (t.to(ranks.device) for t in loader.rows(rows[i:i + loader.B]))
+        with autocast(ranks.device, dtype):
             _, loss = raw_model(x, y)
         loss_sum += loss.item() * len(x)
-    return sum_over_ranks([loss_sum], processes.device)[0] / num_sequences
+    return sum_over_ranks([loss_sum], ranks.device)[0] / num_sequences
 
 
 # -----------------------------------------------------------------------------
 # training
 
 
-def open_data(config, processes, grad_accum_steps, print0):
+def open_data(config, ranks, grad_accum_steps, print0):
     """(train_loader, val_loader, val_tokens); says what there is."""
     train_loader = DataLoaderLite(
-        config.data_dir, "train", config.B, config.T, processes.ddp_rank, processes.ddp_world_size,
+        config.data_dir, "train", config.B, config.T, ranks.ddp_rank, ranks.ddp_world_size,
         config.seed, config.shuffle, grad_accum_steps)
     val_loader = DataLoaderLite(config.data_dir, "val", config.B, config.T, shuffle=False)
     print0(f"found {len(train_loader.shards)} shards for split train")
@@ -535,13 +548,13 @@ def build_model(config, vocab_size):
             raise UserError(f"--T {config.T} is longer than the block_size of {config.init_from}, "
                             f"{model.config.block_size}: lower --T")
         return model
-    return GPT(build_shape(config, vocab_size))
+    return GPT(make_model_config(config, vocab_size))
 
 
-def build_shape(config, vocab_size=50257):
+def make_model_config(config, vocab_size=50257):
     """The GPTConfig of a model from scratch: `--model`'s, with what other flags say."""
     shape = {name: size if getattr(config, name) is None else getattr(config, name)
-             for name, size in MODEL_SHAPES[config.model].items()}
+             for name, size in MODEL_SIZES[config.model].items()}
     return GPTConfig(block_size=config.block_size, vocab_size=vocab_size, **shape)
 
 
@@ -555,10 +568,10 @@ class Run:
     """What a run is made of, once everything is set up. Only the weights and the step change."""
 
     config: TrainConfig
-    processes: Processes
+    ranks: Ranks
     dtype: torch.dtype  # of autocast
     grad_accum_steps: int
-    tokenizer: fineweb.Tokenizer
+    tokenizer: Tokenizer
     train_loader: DataLoaderLite
     val_loader: DataLoaderLite
     val_tokens: int
@@ -576,18 +589,18 @@ class Run:
 
     def print0(self, *args):
         """Print on the master only."""
-        if self.processes.master_process:
+        if self.ranks.master_process:
             print(*args, flush=True)
 
 
 def set_up(config):
     """A Run as `config` says, resumed if it says so, its log folder ready."""
-    processes = init_distributed(config.device)
-    device, master_process = processes.device, processes.master_process
+    ranks = init_distributed(config.device)
+    device, master_process = ranks.device, ranks.master_process
     print0 = print if master_process else lambda *args, **kwargs: None  # only the master talks
-    grad_accum_steps = check_config(config, processes.ddp_world_size)
+    grad_accum_steps = check_config(config, ranks.ddp_world_size)
     dtype = pick_dtype(config.dtype, device)
-    use_compile = parallel.check_combination(config, processes, dtype)
+    use_compile = parallel.resolve_compile(config, ranks, dtype)
     set_seed(config.seed, config.deterministic)  # the same initial weights on every process
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32
@@ -595,36 +608,36 @@ def set_up(config):
     print0(f"total desired batch size: {config.total_batch_size}")
     print0(f"=> calculated gradient accumulation steps: {grad_accum_steps}")
 
-    train_loader, val_loader, val_tokens = open_data(config, processes, grad_accum_steps, print0)
-    tokenizer = fineweb.load_data_tokenizer(config.data_dir)
+    train_loader, val_loader, val_tokens = open_data(config, ranks, grad_accum_steps, print0)
+    tokenizer = shards.load_data_tokenizer(config.data_dir)
     raw_model = build_model(config, tokenizer.vocab_size).to(device)
     raw_model.grad_checkpoint = config.grad_checkpoint
     if config.fsdp:
-        parallel.shard(raw_model, processes)
+        parallel.shard(raw_model, ranks)
     optimizer = raw_model.configure_optimizers(
         config.weight_decay, config.max_lr, (0.9, config.beta2), config.optimizer, master_process)
     # float16 gradients underflow unless the loss is scaled up; disabled, the scaler does nothing
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
     recipe = {name: getattr(config, name) for name in RECIPE}
-    recipe["data"] = fineweb.fingerprint(config.data_dir)
-    start_step, resumed_from = resume(config, processes, raw_model, optimizer, scaler, recipe)
+    recipe["data"] = shards.fingerprint(config.data_dir)
+    start_step, resumed_from = checkpoints.resume(config, ranks, raw_model, optimizer, scaler, recipe)
     loggers = [lambda step, **values: None]
     # what takes its time comes later: a process that dies there must not find an earlier run
-    on_master(processes, lambda: loggers.append(
-        logs.open_logger(config, start_step, resumed_from)))
-    model = parallel.wrap(raw_model, config, processes, use_compile)
+    on_master(ranks, lambda: loggers.append(
+        runlog.open_logger(config, start_step, resumed_from)))
+    model = parallel.wrap(raw_model, config, ranks, use_compile)
     if use_compile:
         model = parallel.compile_or_fall_back(
-            model, raw_model, train_loader.batch(start_step), processes, dtype)
-    hellaswag_examples = hellaswag.load_evenly_spaced(
-        config.hellaswag_limit, processes) if config.hellaswag_every else []
+            model, raw_model, train_loader.batch(start_step), ranks, dtype)
+    hellaswag_examples = tasks.load_evenly_spaced(
+        config.hellaswag_limit, ranks) if config.hellaswag_every else []
     keep_grads = use_compile and device.type == "cuda" and config.compile_mode != "default"
     for p in raw_model.parameters() if keep_grads else ():
         p.grad = torch.zeros_like(p)
     flops = config.total_batch_size * flops_per_token(
         sum(p.numel() for p in raw_model.parameters()), raw_model.config, config.T)
-    return Run(config, processes, dtype, grad_accum_steps, tokenizer, train_loader, val_loader,
+    return Run(config, ranks, dtype, grad_accum_steps, tokenizer, train_loader, val_loader,
                val_tokens, hellaswag_examples, raw_model, model, optimizer, scaler, keep_grads,
                flops, recipe, start_step, resumed_from, loggers[-1])
 
@@ -634,10 +647,10 @@ def save(run, step):
     config, start = run.config, time.time()
     extra = {"config": asdict(config), "tokenizer": run.tokenizer.state(), "recipe": run.recipe}
     try:
-        path = save_checkpoint(
+        path = checkpoints.save_checkpoint(
             config.log_dir, step, run.raw_model, run.optimizer, run.scaler, extra)
-        if run.processes.master_process:
-            prune_checkpoints(config.log_dir, config.keep_last, config.keep_every)
+        if run.ranks.master_process:
+            checkpoints.prune_checkpoints(config.log_dir, config.keep_last, config.keep_every)
     except OSError as error:  # a full disk may have room again by the next time
         return run.print0(f"warning: step {step} is not saved, training goes on, and older "
                           f"checkpoints stay: {error}")
@@ -650,19 +663,19 @@ def evaluate(run, step, result, signals):
     Validation loss, HellaSwag, samples, plot, where they are due; training does not notice. Returns
     whether any process was asked to stop meanwhile: what is not done then is left to the resume.
     """
-    config, processes = run.config, run.processes
+    config, ranks = run.config, run.ranks
 
     def stopped():
-        return sum_over_ranks([signals.stop], processes.device)[0] > 0
+        return sum_over_ranks([signals.stop], ranks.device)[0] > 0
 
     hellaswag_due = run.hellaswag_examples and due(config.hellaswag_every, step, config)
     samples_due = due(config.sample_every, step, config)
     if not (due(config.eval_every, step, config) or hellaswag_due or samples_due):
         return False
-    free_cache(processes.device)  # evaluation needs blocks of other sizes than training left
-    model = parallel.whole_copy(run.raw_model, processes.device)
+    free_cache(ranks.device)  # evaluation needs blocks of other sizes than training left
+    model = parallel.unsharded_copy(run.raw_model, ranks.device)
     if due(config.eval_every, step, config):
-        val_loss = evaluate_loss(model, run.val_loader, run.val_tokens, processes, run.dtype,
+        val_loss = evaluate_loss(model, run.val_loader, run.val_tokens, ranks, run.dtype,
                                  lambda: signals.stop)
         if stopped():
             return True
@@ -675,17 +688,21 @@ def evaluate(run, step, result, signals):
             line += f" | {result['bits_per_byte']:.4f} bits per byte"
         run.print0(line)
     if hellaswag_due:
-        with autocast(processes.device, run.dtype):
-            line, accuracy = hellaswag.summarize(
-                model, run.tokenizer, run.hellaswag_examples, processes, lambda: signals.stop)
+        with autocast(ranks.device, run.dtype):
+            line, accuracy = scoring.summarize(
+                model, run.tokenizer, run.hellaswag_examples, ranks, lambda: signals.stop)
         if stopped():
             return True
         run.print0(line)
         run.log(step, hella=accuracy)
-    if samples_due and processes.master_process:
-        sample.print_four(model, run.tokenizer, config.sample_prompt)
+    if samples_due and ranks.master_process:
+        tokens = run.tokenizer.encode(config.sample_prompt)
+        rows = generate(model, tokens, run.tokenizer.eot, run.tokenizer.vocab_size, num_samples=4,
+                        max_new_tokens=64, top_k=50)
+        for i, row in enumerate(rows):
+            print(f"[Sample {i + 1}] {config.sample_prompt}{run.tokenizer.decode(row)}")
     del model
-    free_cache(processes.device)
+    free_cache(ranks.device)
     return stopped()
 
 
@@ -695,7 +712,7 @@ def update(run, step, batches, signals):
     the gradient norm, whether both are finite (no weight has changed if not), and whether any
     process was asked to stop, or to save.
     """
-    config, device, model, scaler = run.config, run.processes.device, run.model, run.scaler
+    config, device, model, scaler = run.config, run.ranks.device, run.model, run.scaler
     loss_accum = torch.zeros((), device=device)
     for micro_step in range(run.grad_accum_steps):
         x, y = next(batches)
@@ -718,7 +735,7 @@ def update(run, step, batches, signals):
     loss, norm = torch.stack([loss_accum, norm]).tolist()  # waits for the device, once an update
     # the norm is the same everywhere: it is taken after DDP has averaged the gradients
     loss, stop, save_now = sum_over_ranks([loss, signals.stop, signals.save], device)
-    loss /= run.processes.ddp_world_size
+    loss /= run.ranks.ddp_world_size
     finite = math.isfinite(loss) and math.isfinite(norm)
     if finite:
         scaler.step(run.optimizer)
@@ -735,7 +752,7 @@ def train(config):
     signal ended the run. Raises UserError for what the user can mend, before anything is written.
     """
     run = set_up(config)
-    start_step, device = run.start_step, run.processes.device
+    start_step, device = run.start_step, run.ranks.device
     batches = run.train_loader.batches(start_step, device)
     result = dict.fromkeys(("train_loss", "val_loss", "bits_per_byte"))
     result["checkpoint"] = run.resumed_from
@@ -755,7 +772,7 @@ def train(config):
                 result["checkpoint"] = result["checkpoint"] if saved else save(run, step)
                 break
             if step and config.plot_every and due(config.plot_every, step, config):
-                plot.try_to_plot(config.log_dir, run.processes.master_process)
+                plot.try_to_plot(config.log_dir, run.ranks.master_process)
             if step == config.max_steps:
                 break
 
@@ -781,7 +798,7 @@ def train(config):
                            f"norm: {norm:.4f} | dt: {1000 * dt:.2f}ms | "
                            f"tok/sec: {config.total_batch_size / dt:.2f} | "
                            f"eta {timedelta(seconds=int(eta))}"
-                           + format_mfu(run.processes, run.dtype, run.flops_per_update / dt))
+                           + format_mfu(run.ranks, run.dtype, run.flops_per_update / dt))
     batches.close()
     return result | {"step": step, "seconds": time.time() - start_time, "stopped": stop}
 
@@ -816,13 +833,13 @@ def main():
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # nothing to save before training starts
     preset, config = parse_config()
     if config.check:
-        sys.exit(machines.check(config, build_shape(config), check_config))
-    keep_memory()
+        sys.exit(preflight.check(config, make_model_config(config), check_config))
+    tune_malloc()
     master_process = os.environ.get("RANK", "0") == "0"
-    if preset == "demo" and config.data_dir == machines.DEMO_DATA and master_process:
+    if preset == "demo" and config.data_dir == presets.DEMO_DATA and master_process:
         # under torchrun the other ranks wait for this one where they join the process group
-        fineweb.prepare(["builtin"], machines.DEMO_DATA, machines.DEMO_TOKENIZER)
-    with parallel.naming_lost_processes():
+        fineweb.prepare(["builtin"], presets.DEMO_DATA, presets.DEMO_TOKENIZER)
+    with naming_lost_processes():
         result = train(config)
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -830,7 +847,7 @@ def main():
         return
     print("stopped by a signal at" if result["stopped"] else "trained to", f"step {result['step']} "
           f"in {timedelta(seconds=int(result['seconds']))}, "
-          f"checkpoint: {find_checkpoint(config.log_dir)}")
+          f"checkpoint: {checkpoints.find_checkpoint(config.log_dir)}")
     if result["checkpoint"] is None and result["step"]:
         print("error: the last checkpoint could not be written: make room and --resume",
               file=sys.stderr)
@@ -842,4 +859,4 @@ def main():
 
 
 if __name__ == "__main__":
-    fineweb.run_main(main)
+    run_main(main)

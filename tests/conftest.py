@@ -13,6 +13,8 @@ import torch
 import fineweb
 import linear
 import train_gpt2
+from cli import UserError, run_main
+from tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -65,8 +67,8 @@ def log_dir(tmp_path_factory, data_dir):
 @pytest.fixture
 def gpt2_tokenizer():
     try:
-        return fineweb.Tokenizer("gpt2")
-    except fineweb.UserError:
+        return Tokenizer("gpt2")
+    except UserError:
         pytest.skip("no gpt2 tokenizer: TIKTOKEN_CACHE_DIR is not set and no network")
 
 
@@ -86,7 +88,7 @@ def call(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, args)])
         code = 0
         try:
-            fineweb.run_main(module.main)
+            run_main(module.main)
         except SystemExit as error:
             code = error.code
         captured = capsys.readouterr()
@@ -124,4 +126,4 @@ def read_log(log_dir, stream):
 @pytest.fixture
 def any_size(monkeypatch):
     """Products of small matrices are done as those of large ones."""
-    monkeypatch.setattr(linear, "LARGE", 1)
+    monkeypatch.setattr(linear, "ONEDNN_MIN_NUMEL", 1)

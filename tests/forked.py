@@ -19,9 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 import torch.distributed.checkpoint.state_dict  # or every child would import it
 
-import fineweb
 import train_gpt2
 from checkpoints import list_checkpoints
+from cli import UserError
 
 
 def free_port():
@@ -49,7 +49,7 @@ def start(job, rank, port):
         train_gpt2.train(train_gpt2.TrainConfig(**job["config"]))
         sys.stdout.flush()
         code = 0
-    except fineweb.UserError as error:
+    except UserError as error:
         print(error, file=sys.stderr, flush=True)
         code = 2
     finally:

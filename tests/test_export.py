@@ -14,10 +14,13 @@ import export_hf
 import fineweb
 import pretrained
 import sample
-import tokenizer as tokenizers_of_ours
-from checkpoints import load_checkpoint, load_tokenizer, save_checkpoint
-from fineweb import UserError
-from train_gpt2 import GPT, GPTConfig, TrainConfig, load_model, train
+import shards
+from checkpoints import load_checkpoint, save_checkpoint
+from cli import UserError
+from generate import generate
+from pretrained import load_tokenizer
+from tokenizer import make_tokenizer, train_bpe
+from train_gpt2 import GPT, GPTConfig, TrainConfig, load, load_model, train
 
 # in a row of asterisks spm has several best segmentations, and any of them is right
 TEXT = small_text(5000).replace("*", "") + " " + export_hf.PROBE
@@ -43,7 +46,7 @@ def save_run(log_dir, tokenizer, scale=8.0, **config):
 def bpe_run(tmp_path_factory, data_dir):
     """A log folder, its tokenizer trained on the small text."""
     log_dir = save_run(tmp_path_factory.mktemp("export") / "log",
-                       fineweb.load_data_tokenizer(data_dir), data_dir=str(data_dir))
+                       shards.load_data_tokenizer(data_dir), data_dir=str(data_dir))
     (log_dir / "log.txt").write_text("0 val 9.5\n6 train 3.25\n7 val 3.125\n7 hella 0.25\n9 va")
     return log_dir
 
@@ -65,12 +68,12 @@ def test_transformers_gives_our_logits(bpe_run, exported):
 
 
 def test_transformers_writes_our_greedy_text(bpe_run, exported):
-    ours, tokenizer = load_model(bpe_run), load_tokenizer(bpe_run)
+    ours, tokenizer = load(bpe_run)
     theirs = AutoModelForCausalLM.from_pretrained(exported)
     their_tokenizer = AutoTokenizer.from_pretrained(exported)
     prompt = "The statement is"
     ids = tokenizer.encode(prompt)
-    [expected] = sample.generate(ours, ids, tokenizer.eot, tokenizer.vocab_size,
+    [expected] = generate(ours, ids, tokenizer.eot, tokenizer.vocab_size,
                                  max_new_tokens=30, temperature=0)
     assert len(set(expected)) > 3  # no token over and over
     output = theirs.generate(**their_tokenizer(prompt, return_tensors="pt"), do_sample=False,
@@ -79,21 +82,21 @@ def test_transformers_writes_our_greedy_text(bpe_run, exported):
         ids + expected)
 
 
-def make_tokenizer(kind, text_file, tmp_path):
+def tokenizer_of_kind(kind, text_file, tmp_path):
     if kind.startswith("spm"):
         pytest.importorskip("sentencepiece")
     if kind == "path":
         path = tmp_path / "tokenizer.json"
-        path.write_text(tokenizers_of_ours.train_bpe([small_text()], 400).model, encoding="utf-8")
+        path.write_text(train_bpe([small_text()], 400).model, encoding="utf-8")
         kind = str(path)
-    return fineweb.make_tokenizer(kind, lambda: [text_file.read_text("utf-8")])
+    return make_tokenizer(kind, lambda: [text_file.read_text("utf-8")])
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "bpe:500", "spm:500", "path"])
 def test_autotokenizer_is_our_tokenizer(kind, text_file, tmp_path, request):
     if kind == "gpt2":
         request.getfixturevalue("gpt2_tokenizer")
-    tokenizer = make_tokenizer(kind, text_file, tmp_path)
+    tokenizer = tokenizer_of_kind(kind, text_file, tmp_path)
     out = export_hf.export(save_run(tmp_path / "log", tokenizer), tmp_path / "out")
     theirs = AutoTokenizer.from_pretrained(out)
     ids = tokenizer.encode(TEXT)
@@ -112,7 +115,7 @@ def test_a_tokenizer_that_hugging_face_cannot_express(tmp_path, text_file, capsy
     sentencepiece.SentencePieceTrainer.train(  # changes its text: NFKC, a space in front
         input=str(text_file), model_prefix=str(tmp_path / "m"), vocab_size=500, byte_fallback=True,
         bos_id=-1, eos_id=1, eos_piece="<|endoftext|>", unk_id=0, minloglevel=2)
-    tokenizer = fineweb.make_tokenizer(str(tmp_path / "m.model"), None)
+    tokenizer = make_tokenizer(str(tmp_path / "m.model"), None)
     out = export_hf.export(save_run(tmp_path / "log", tokenizer), tmp_path / "out")
     assert "AutoTokenizer will not load" in capsys.readouterr().out
     assert not (out / "tokenizer.json").exists()
@@ -167,7 +170,7 @@ def test_bad_command_lines(call, bpe_run, exported, tmp_path):
 
 
 def test_weights_too_large_for_float16(call, bpe_run, tmp_path):
-    run = save_run(tmp_path / "log", load_tokenizer(bpe_run), scale=1e6)
+    run = save_run(tmp_path / "log", load(bpe_run)[1], scale=1e6)
     expect_refusal(call, "is not finite", run, tmp_path / "out", "--dtype", "float16")
     assert [p.name for p in tmp_path.iterdir()] == ["log"]
 
@@ -234,7 +237,7 @@ def copy(foreign, tmp_path):
 
 
 def test_vocab_and_merges_are_a_tokenizer_too(copy):
-    ours = tokenizers_of_ours.train_bpe([small_text()], 400)
+    ours = train_bpe([small_text()], 400)
     model = json.loads(ours.model)["model"]
     (copy / "vocab.json").write_text(json.dumps(model["vocab"] | {"<|endoftext|>": 399}))
     (copy / "merges.txt").write_text("#version: 0.2\n" + "\n".join(map(" ".join, model["merges"])),

@@ -12,9 +12,11 @@ import tiktoken
 from conftest import small_text
 
 import fineweb
+import shards
 import sources
-from fineweb import Tokenizer, UserError, prepare
-from tokenizer import END_OF_TEXT, train_bpe
+from cli import UserError
+from fineweb import prepare
+from tokenizer import END_OF_TEXT, Tokenizer, train_bpe
 
 STRANGE = ["", "a", " ", "\r\n \n\n\t x", "héllo wörld", "你好，世界。红楼梦", "😀👩‍👩‍👧",
            "\u0000\x7f", "<|endoftext|> is text <|endoftext|>", "  def f(x):\n    return x\n",
@@ -28,12 +30,12 @@ def bpe():
 
 def split_tokens(folder, split):
     """All tokens of a split, as stored."""
-    return np.concatenate([np.load(p) for p in fineweb.find_shards(folder, split)] or [[]])
+    return np.concatenate([np.load(p) for p in shards.find_shards(folder, split)] or [[]])
 
 
 def split_text(folder, split):
     """The documents of a split, decoded."""
-    tokenizer = fineweb.load_data_tokenizer(folder)
+    tokenizer = shards.load_data_tokenizer(folder)
     tokens = split_tokens(folder, split)
     starts = np.flatnonzero(tokens == tokenizer.eot)
     return [tokenizer.decode_bytes(part[1:]).decode() for part in np.split(tokens, starts)[1:]]
@@ -43,7 +45,7 @@ def read_all(names):
     """(text, starts_document) over some local sources."""
     inputs = sources.list_inputs(map(str, names), None, "train")
     everything = range(len(inputs))
-    read = sources.read_inputs(inputs, everything, "text", sources.Tally(), None, False, True)
+    read = sources.read_inputs(inputs, everything, "text", sources.RowCounter(), None, False, True)
     return [(text, starts) for _, _, text, starts in read]
 
 
@@ -123,14 +125,14 @@ def test_small_corpus_is_split_by_text(text_file, data_dir):
     assert train[0] + val[0] == text
     assert 0.9 * len(text) - 200 < len(train[0]) <= 0.9 * len(text)
     assert train[0].endswith("\n")
-    meta = fineweb.read_meta(data_dir)
+    meta = shards.read_meta(data_dir)
     for split, parts in (("train", train), ("val", val)):
         tokens = split_tokens(data_dir, split)
         assert tokens.dtype == np.uint16 and tokens[0] == meta["eot"]
         assert meta["splits"][split] == {
             "tokens": len(tokens), "documents": 1, "bytes": len(parts[0].encode())}
     # the tokenizer has seen the train part only
-    tokenizer = fineweb.load_data_tokenizer(data_dir)
+    tokenizer = shards.load_data_tokenizer(data_dir)
     assert tokenizer.model == train_bpe(train, 300).model
 
 
@@ -147,7 +149,7 @@ def test_text_files_are_taken_as_they_are(tmp_path):
     documents = split_text(tmp_path / "out", "train") + split_text(tmp_path / "out", "val")
     assert "".join(documents) == text
     # no token of the text is end-of-text
-    assert fineweb.read_meta(tmp_path / "out")["splits"]["train"]["documents"] == 1
+    assert shards.read_meta(tmp_path / "out")["splits"]["train"]["documents"] == 1
 
 
 def test_all_readers_give_the_same_documents(tmp_path):
@@ -174,7 +176,7 @@ def test_half_a_surrogate_pair_becomes_a_question_mark(tmp_path):
 
 
 def test_long_documents_come_in_pieces_that_join(monkeypatch, tmp_path):
-    monkeypatch.setattr(sources, "PIECE_CHARS", 100)
+    monkeypatch.setattr(sources, "CHUNK_CHARS", 100)
     text = small_text(5000).replace("\n\n", "\r\n")
     (tmp_path / "a.txt").write_bytes(text.encode())
     (tmp_path / "b.jsonl").write_text(json.dumps({"text": "x" * 1234}), encoding="utf-8")
@@ -206,14 +208,14 @@ def test_unknown_source():
 
 def test_large_corpus_fills_shards_of_equal_size(text_file, tmp_path):
     fineweb.prepare([text_file], tmp_path, "bpe:300", shard_size=1000)  # 240 kB would be large
-    meta = fineweb.read_meta(tmp_path)
-    paths = fineweb.find_shards(tmp_path, "val") + fineweb.find_shards(tmp_path, "train")
+    meta = shards.read_meta(tmp_path)
+    paths = shards.find_shards(tmp_path, "val") + shards.find_shards(tmp_path, "train")
     assert [p.name for p in paths] == ["edufineweb_val_000000.npy"] + [
         f"edufineweb_train_{i:06d}.npy" for i in range(1, len(paths))]
-    shards = [np.load(p) for p in paths]
+    tokens_of = [np.load(p) for p in paths]
     assert {len(s) for s in shards[:-1]} == {1000} and 0 < len(shards[-1]) <= 1000
-    tokenizer = fineweb.load_data_tokenizer(tmp_path)
-    tokens = np.concatenate(shards)
+    tokenizer = shards.load_data_tokenizer(tmp_path)
+    tokens = np.concatenate(tokens_of)
     assert tokens[0] == tokenizer.eot and list(tokens).count(tokenizer.eot) == 1
     assert tokenizer.decode_bytes(tokens[1:]).decode() == small_text()
     # the one document straddles the splits, and its bytes are shared out
@@ -274,7 +276,7 @@ def test_tokenizer_of_another_folder_is_noticed(text_file, tmp_path):
     prepare([text_file], tmp_path, "bpe:300")
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match="not the tokenizer"):
-        fineweb.load_data_tokenizer(tmp_path)
+        shards.load_data_tokenizer(tmp_path)
 
 
 # sources other than local files

@@ -14,9 +14,11 @@ from one_by_one import score_one_by_one
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import hellaswag
-from fineweb import UserError
+import scoring
+import tasks
+from cli import UserError
 from tokenizer import train_bpe
-from train_gpt2 import load_model, load_tokenizer, train
+from train_gpt2 import load, load_model, train
 
 EXAMPLES = [
     {"ind": i, "ctx": f"A man {verb} a {thing}. He", "label": i % 4,
@@ -36,7 +38,7 @@ def examples_file(tmp_path):
 def evaluate(model, tokenizer, examples, **flags):
     """(Score, results in the order of the examples)."""
     results = {}
-    score = hellaswag.evaluate(model, tokenizer, examples, "cpu",
+    score = scoring.evaluate(model, tokenizer, examples, "cpu",
                                on_result=results.__setitem__, **flags)
     return score, [results[number] for number in sorted(results)]
 
@@ -65,7 +67,8 @@ def sharpened(model):
 
 @pytest.mark.parametrize("batch_tokens", [1, 100, None])
 def test_scores_are_those_of_one_by_one(log_dir, batch_tokens):
-    model, tokenizer = sharpened(load_model(log_dir)), load_tokenizer(log_dir)
+    model, tokenizer = load(log_dir)
+    sharpened(model)
     examples = [*EXAMPLES, EXAMPLES[0] | {"ctx": "", "endings": ["same", "same", "sa", "other"]}]
     score, results = evaluate(model, tokenizer, examples, batch_tokens=batch_tokens)
     check_against_one_by_one(model, tokenizer, examples, score, results)
@@ -73,9 +76,9 @@ def test_scores_are_those_of_one_by_one(log_dir, batch_tokens):
 
 
 def test_logits_come_a_few_rows_at_a_time(log_dir, monkeypatch):
-    model, tokenizer = load_model(log_dir), load_tokenizer(log_dir)
+    model, tokenizer = load(log_dir)
     _, expected = evaluate(model, tokenizer, EXAMPLES)
-    monkeypatch.setattr(hellaswag, "ROWS_OF_LOGITS", 5)
+    monkeypatch.setattr(scoring, "ROWS_OF_LOGITS", 5)
     rows = []
     model.lm_head.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
     _, results = evaluate(model, tokenizer, EXAMPLES)
@@ -86,7 +89,7 @@ def test_logits_come_a_few_rows_at_a_time(log_dir, monkeypatch):
 
 def test_a_model_that_only_knows_logits_scores_alike(log_dir, tmp_path):
     torch.manual_seed(0)
-    tokenizer = load_tokenizer(log_dir)
+    _, tokenizer = load(log_dir)
     hf = GPT2LMHeadModel(GPT2Config(vocab_size=300, n_positions=48, n_embd=32, n_layer=2, n_head=2,
                                     initializer_range=0.2)).eval()
     hf.save_pretrained(tmp_path)
@@ -98,13 +101,13 @@ def test_a_model_that_only_knows_logits_scores_alike(log_dir, tmp_path):
 
 def test_a_tree_holds_shared_beginnings_once():
     rows = [[1, 2, 3, 4], [1, 2, 3, 5, 6], [1, 2, 7], [1, 2, 7]]
-    tree = hellaswag.plant(hellaswag.Rendered(rows, [2, 3, 1, 1], None, False))
+    tree = scoring.build_prefix_tree(tasks.Rendered(rows, [2, 3, 1, 1], None, False))
     assert tree.tokens == [1, 2, 3, 5] and tree.parents == [-1, 0, 1, 2]
     assert tree.depths == [0, 1, 2, 3]
     assert tree.scored == [(1, 3, 0), (2, 4, 0), (1, 3, 1), (2, 5, 1), (3, 6, 1),
                            (1, 7, 2), (1, 7, 3)]
-    branches = hellaswag.plant(hellaswag.Rendered([[1, 2, 4], [1, 3, 4]], [1, 1], None, False))
-    idx, pos, mask = hellaswag.stack_trees([branches])
+    branches = scoring.build_prefix_tree(tasks.Rendered([[1, 2, 4], [1, 3, 4]], [1, 1], None, False))
+    idx, pos, mask = scoring.collate_trees([branches])
     assert idx[0].tolist() == [1, 2, 3, 0, 0, 0, 0, 0] and pos[0, :3].tolist() == [0, 1, 1]
     assert mask[0, 0, :4, :4].tolist() == [  # the branches do not see each other
         [True, False, False, False], [True, True, False, False],
@@ -113,7 +116,7 @@ def test_a_tree_holds_shared_beginnings_once():
 
 @pytest.mark.parametrize("world_size", [1, 2, 4, 7])
 def test_ranks_share_the_examples(log_dir, world_size):
-    model, tokenizer = load_model(log_dir), load_tokenizer(log_dir)
+    model, tokenizer = load(log_dir)
     shares = [evaluate(model, tokenizer, EXAMPLES, rank=rank, world_size=world_size)
               for rank in range(world_size)]
     whole, _ = evaluate(model, tokenizer, EXAMPLES)
@@ -149,7 +152,7 @@ def test_script(call, log_dir, examples_file, tmp_path):
     n = sum(row["pred"] == row["label"] for row in rows)
     n_norm = sum(row["pred_norm"] == row["label"] for row in rows)
     assert out.splitlines()[-1] == f"acc: {n}/5={n / 5:.4f} | acc_norm: {n_norm}/5={n_norm / 5:.4f}"
-    se = (hellaswag.standard_error(n, 5), hellaswag.standard_error(n_norm, 5))
+    se = (scoring.standard_error(n, 5), scoring.standard_error(n_norm, 5))
     assert f"standard error: acc {se[0]:.4f}, acc_norm {se[1]:.4f}" in out
     assert "acc_norm" in err  # the progress bar
 
@@ -174,11 +177,11 @@ def test_a_folder_with_a_tokenizer_of_its_own(call, tmp_path):
 
 
 def test_standard_error_of_the_whole_set():
-    assert hellaswag.standard_error(2967, 10_042) == pytest.approx(0.00455, abs=1e-5)
+    assert scoring.standard_error(2967, 10_042) == pytest.approx(0.00455, abs=1e-5)
 
 
 def test_control_c_prints_the_result_so_far(call, log_dir, examples_file, monkeypatch):
-    score_trees, calls = hellaswag.score_trees, []
+    score_trees, calls = scoring.score_trees, []
 
     def interrupted(*args):
         calls.append(args)
@@ -186,7 +189,7 @@ def test_control_c_prints_the_result_so_far(call, log_dir, examples_file, monkey
             raise KeyboardInterrupt
         return score_trees(*args)
 
-    monkeypatch.setattr(hellaswag, "score_trees", interrupted)
+    monkeypatch.setattr(scoring, "score_trees", interrupted)
     code, out, err = call(hellaswag, "--model", log_dir, "--data", examples_file, "--device=cpu",
                           "--batch_tokens", 1)
     assert code == 130 and "interrupted" in err
@@ -253,11 +256,12 @@ HARNESS = [  # (example, context, endings), made up in the two forms of the offi
 
 @pytest.mark.parametrize("example, context, endings", HARNESS)
 def test_harness_texts(example, context, endings):
-    assert hellaswag.harness_texts(example) == (context, endings)
+    assert tasks.harness_texts(example) == (context, endings)
 
 
 def test_harness_style_encodes_together_and_divides_by_characters(log_dir):
-    model, tokenizer = sharpened(load_model(log_dir)), load_tokenizer(log_dir)
+    model, tokenizer = load(log_dir)
+    sharpened(model)
     model.transformer.wpe = torch.nn.Embedding(512, 32)  # room for whole examples
     model.config.block_size = 512
     examples = [example for example, _, _ in HARNESS]
@@ -289,22 +293,23 @@ def test_harness_style_needs_its_fields(call, log_dir, examples_file):
 
 
 def test_real_examples(log_dir, real_data):
-    examples = list(hellaswag.iterate_examples(real_data / "hellaswag_val_402.jsonl"))
+    examples = list(tasks.iterate_examples(real_data / "hellaswag_val_402.jsonl"))
     assert len(examples) == 402 and examples[0]["ind"] == 24
-    model, tokenizer = sharpened(load_model(log_dir)), load_tokenizer(log_dir)
+    model, tokenizer = load(log_dir)
+    sharpened(model)
     score, results = evaluate(model, tokenizer, examples[::20])
     check_against_one_by_one(model, tokenizer, examples[::20], score, results)
 
 
 def test_training_does_not_notice(data_dir, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    hellaswag.DATA_FILE.parent.mkdir()
-    hellaswag.DATA_FILE.write_text("".join(json.dumps(e) + "\n" for e in EXAMPLES))
+    tasks.DATA_FILE.parent.mkdir()
+    tasks.DATA_FILE.write_text("".join(json.dumps(e) + "\n" for e in EXAMPLES))
     train(tiny_config(data_dir, tmp_path / "a"))
     train(tiny_config(data_dir, tmp_path / "b", hellaswag_every=1))
     for stream in ("train", "norm"):
         assert read_log(tmp_path / "a", stream) == read_log(tmp_path / "b", stream)
-    score, _ = evaluate(load_model(tmp_path / "b"), load_tokenizer(tmp_path / "b"), EXAMPLES)
+    score, _ = evaluate(*load(tmp_path / "b"), EXAMPLES)
     accuracy = read_log(tmp_path / "b", "hella")[6]
     assert accuracy == pytest.approx(score.num_correct_norm / 6, rel=1e-5)
     lines = [line for line in capsys.readouterr().out.splitlines() if "HellaSwag" in line]
@@ -323,7 +328,7 @@ def test_a_bad_line_is_named(examples_file, line, message):
     with open(examples_file, "a", encoding="utf-8") as file:
         file.write(line + "\n")
     with pytest.raises(UserError, match=message):
-        list(hellaswag.iterate_examples(examples_file))
+        list(tasks.iterate_examples(examples_file))
 
 
 # the download
@@ -350,18 +355,18 @@ def mirror(monkeypatch, tmp_path):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("HELLASWAG_URL", f"http://127.0.0.1:{server.server_port}/val.jsonl")
     content = settings["content"]
-    monkeypatch.setitem(hellaswag.OFFICIAL, "val",
+    monkeypatch.setitem(tasks.OFFICIAL_FILES, "val",
                         (len(content), hashlib.sha256(content).hexdigest()))
-    monkeypatch.setattr(hellaswag.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(tasks.time, "sleep", lambda seconds: None)
     monkeypatch.chdir(tmp_path)
     yield settings
     server.shutdown()
 
 
 def test_download_once_and_through_failures(mirror):
-    hellaswag.download()
-    hellaswag.download()
-    assert hellaswag.DATA_FILE.read_bytes() == mirror["content"] and mirror["requests"] == 3
+    tasks.download()
+    tasks.download()
+    assert tasks.DATA_FILE.read_bytes() == mirror["content"] and mirror["requests"] == 3
 
 
 def test_a_mirror_that_stays_down_or_serves_something_else(mirror, monkeypatch, call):
@@ -369,10 +374,10 @@ def test_a_mirror_that_stays_down_or_serves_something_else(mirror, monkeypatch, 
     code, _, err = call(hellaswag)
     assert code == 2 and err.count("\n") == 1 and "HELLASWAG_URL" in err
     mirror["failures"] = 0
-    monkeypatch.setitem(hellaswag.OFFICIAL, "val", (1000, "0" * 64))
+    monkeypatch.setitem(tasks.OFFICIAL_FILES, "val", (1000, "0" * 64))
     with pytest.raises(OSError, match="21 of 1000 bytes came"):
-        hellaswag.download()
-    monkeypatch.setitem(hellaswag.OFFICIAL, "val", (10, "0" * 64))
+        tasks.download()
+    monkeypatch.setitem(tasks.OFFICIAL_FILES, "val", (10, "0" * 64))
     with pytest.raises(OSError, match="not the official"):
-        hellaswag.download()
-    assert not hellaswag.DATA_FILE.exists()
+        tasks.download()
+    assert not tasks.DATA_FILE.exists()

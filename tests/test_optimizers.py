@@ -9,7 +9,7 @@ import torch
 from conftest import read_log, tiny_config
 from torch.nn import functional as F
 
-import optimizers
+import optim
 from train_gpt2 import GPT, GPTConfig, train
 
 
@@ -23,7 +23,7 @@ def test_newton_schulz_makes_matrices_orthogonal():
     for shape in ((3, 64, 64), (2, 32, 128), (2, 128, 32)):
         matrices = torch.randn(shape)
         U, _, Vh = torch.linalg.svd(matrices, full_matrices=False)
-        result = optimizers.orthogonalize(matrices)
+        result = optim.orthogonalize(matrices)
         assert result.shape == shape
         # five steps bring all but the smallest singular values near 1, on the same axes
         assert torch.linalg.svdvals(result)[:, :-8].sub(1).abs().max() < 0.4
@@ -43,8 +43,8 @@ def test_muon_takes_query_key_and_value_one_by_one():
     optimizer.step()
     # momentum of the first step: (1 - m) g, and one gradient ahead (1 - m) g + m (1 - m) g
     for part, expected in zip((before - c_attn.detach()).chunk(3), gradient.chunk(3), strict=True):
-        expected = optimizers.orthogonalize(expected[None])[0]
-        expected *= optimizers.STEP_LENGTH * math.sqrt(32)
+        expected = optim.orthogonalize(expected[None])[0]
+        expected *= optim.STEP_LENGTH * math.sqrt(32)
         assert torch.allclose(part, expected, atol=1e-3)
     assert torch.allclose(embeddings - wte, torch.ones(()), atol=1e-3)  # AdamW's first step is lr
 
@@ -61,7 +61,7 @@ def test_muon_decays_weights():
 
 def test_every_parameter_is_in_one_group():
     model = small_model()
-    for name in optimizers.OPTIMIZERS:
+    for name in optim.OPTIMIZERS:
         optimizer = model.configure_optimizers(0.1, 1e-3, name=name)
         params = [p for group in optimizer.param_groups for p in group["params"]]
         assert len(params) == len(set(params)) == len(list(model.parameters()))
@@ -69,7 +69,7 @@ def test_every_parameter_is_in_one_group():
                    for group in optimizer.param_groups for p in group["params"])
 
 
-@pytest.mark.parametrize("name", optimizers.OPTIMIZERS)
+@pytest.mark.parametrize("name", optim.OPTIMIZERS)
 def test_saved_optimizers_go_on_bit_for_bit(name):
     def update(model, optimizer, step):
         rows = torch.randint(300, (4, 33), generator=torch.Generator().manual_seed(step))

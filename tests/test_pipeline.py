@@ -17,9 +17,12 @@ from fake_hub import FakeHub
 
 import fineweb
 import sample
+import shards
+import sources
 import train_gpt2
-from fineweb import UserError, prepare
-from tokenizer import train_bpe
+from cli import UserError
+from fineweb import prepare
+from tokenizer import Tokenizer, train_bpe
 
 
 @pytest.fixture
@@ -39,14 +42,14 @@ def many_files(tmp_path):
 
 def contents(folder):
     """{file name: bytes} of a finished folder, without the differing paths of its recipe."""
-    meta = {k: v for k, v in fineweb.read_meta(folder).items() if k not in ("recipe", "inputs")}
+    meta = {k: v for k, v in shards.read_meta(folder).items() if k not in ("recipe", "inputs")}
     return {p.name: p.read_bytes() for p in folder.iterdir() if p.name != "meta.json"} | meta
 
 
 def all_text(folder):
     """Everything in a folder, val first, documents joined by a mark."""
-    tokenizer = fineweb.load_data_tokenizer(folder)
-    paths = fineweb.find_shards(folder, "val") + fineweb.find_shards(folder, "train")
+    tokenizer = shards.load_data_tokenizer(folder)
+    paths = shards.find_shards(folder, "val") + shards.find_shards(folder, "train")
     tokens = np.concatenate([np.load(p) for p in paths])
     parts = np.split(tokens, np.flatnonzero(tokens == tokenizer.eot))[1:]
     return [tokenizer.decode(part[1:]) for part in parts]
@@ -80,7 +83,7 @@ def test_ten_kills_change_nothing(many_files, tmp_path):
         assert not (killed / "meta.json").exists()
     assert kills == 10
     with pytest.raises(UserError, match="half done"):
-        fineweb.read_meta(killed)
+        shards.read_meta(killed)
     assert run_script(ROOT / "fineweb.py", *command, "--out", killed).returncode == 0
     assert contents(killed) == contents(whole)
     assert len(finished) > total // 2
@@ -96,8 +99,8 @@ def test_any_number_of_threads_gives_the_same_bytes(many_files, tmp_path):
 
 
 def test_text_read_again_gives_the_bytes_of_text_kept_in_memory(many_files, tmp_path, monkeypatch):
-    read_inputs, reads = fineweb.sources.read_inputs, []
-    monkeypatch.setattr(fineweb.sources, "read_inputs",
+    read_inputs, reads = sources.read_inputs, []
+    monkeypatch.setattr(sources, "read_inputs",
                         lambda *args: reads.append(1) or read_inputs(*args))
     for kept_bytes in (10**8, 50_000, 0):  # the whole is 80,000
         monkeypatch.setattr(fineweb, "KEPT_BYTES", kept_bytes)
@@ -127,7 +130,7 @@ def test_max_tokens_is_exact(many_files, tmp_path, call):
     assert code == 0 and "val: 500 tokens" in out and "train: 4,500 tokens" in out
     lengths = [len(np.load(p)) for p in sorted((tmp_path / "out").glob("*.npy"))]
     assert sorted(lengths) == [500, 1500, 1500, 1500]
-    meta = fineweb.read_meta(tmp_path / "out")
+    meta = shards.read_meta(tmp_path / "out")
     text = "".join(all_text(tmp_path / "out"))
     assert sum(meta["splits"][s]["bytes"] for s in ("val", "train")) == len(text.encode())
 
@@ -141,16 +144,16 @@ def test_ranks_share_the_files(many_files, tmp_path):
     prepare([many_files], one, **options)
     command = [sys.executable, str(ROOT / "fineweb.py"), "--source", str(many_files), "--tokenizer",
                "bpe:300", "--shard_size", "700", "--out", str(many)]
-    processes = [subprocess.Popen(command, env=os.environ | {"RANK": str(r), "WORLD_SIZE": "3"},
+    ranks = [subprocess.Popen(command, env=os.environ | {"RANK": str(r), "WORLD_SIZE": "3"},
                                   stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
                  for r in range(3)]
-    for process in processes:
+    for process in ranks:
         assert process.wait(60) == 0, process.stderr.read()
     assert sorted(all_text(many)) == sorted(all_text(one))
     assert not list(many.glob("part_*")) and not list(many.glob("in_progress*"))
-    fineweb.verify(many)
+    shards.verify(many)
     train_gpt2.DataLoaderLite(many, "train", 2, 32).batch(0)
-    a, b = fineweb.read_meta(one)["splits"], fineweb.read_meta(many)["splits"]
+    a, b = shards.read_meta(one)["splits"], shards.read_meta(many)["splits"]
     for key in ("documents", "bytes", "tokens"):
         assert sum(a[s][key] for s in a) == sum(b[s][key] for s in b)
 
@@ -159,7 +162,7 @@ def test_the_folder_is_complete_when_the_last_rank_is_done(many_files, tmp_path)
     options = dict(tokenizer="bpe:300", shard_size=700, world_size=2)
     assert prepare([many_files], tmp_path / "out", rank=1, **options) is None
     with pytest.raises(UserError, match="half done"):
-        fineweb.read_meta(tmp_path / "out")
+        shards.read_meta(tmp_path / "out")
     assert prepare([many_files], tmp_path / "out", rank=1, **options) is None  # again: no harm
     assert prepare([many_files], tmp_path / "out", rank=0, **options)["shards"]
     with pytest.raises(UserError, match="world_size 2, not 1"):
@@ -242,7 +245,7 @@ def test_verify_finds_every_damage(call, many_files, tmp_path, capsys):
 def test_stats_describe_a_folder(call, data_dir):
     code, out, _ = call(fineweb, "--stats", data_dir)
     assert code == 0 and "bpe:300, 300 tokens" in out
-    totals = fineweb.read_meta(data_dir)["splits"]["train"]
+    totals = shards.read_meta(data_dir)["splits"]["train"]
     assert f"train: 1 shards, {totals['tokens']:,} tokens, 1 documents" in out
     assert repr(small_text()[:50])[1:-1] in out
 
@@ -323,9 +326,9 @@ def test_retry_after_is_honoured():
         headers = {"Retry-After": "7"}  # noqa: RUF012
 
     error = OSError("busy")
-    assert fineweb.sources.retry_after(error) is None
+    assert sources.retry_after(error) is None
     error.response = Response()
-    assert fineweb.sources.retry_after(error) == 7
+    assert sources.retry_after(error) == 7
 
 
 def test_a_hub_that_stays_down_costs_one_line_and_what_is_done_stays(hub, tmp_path):
@@ -368,14 +371,14 @@ def test_gpt2_tokenizer_comes_from_the_hub_where_openai_is_blocked(real_data, tm
     env = {"HF_HOME": str(tmp_path), "TIKTOKEN_CACHE_DIR": str(tmp_path / "empty"),
            "HTTPS_PROXY": "http://127.0.0.1:9", "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1",
            "PYTHONPATH": str(ROOT)}
-    code = "import tokenizer; print(tokenizer.Tokenizer('gpt2').encode('Hello <|endoftext|>'))"
+    code = "import tokenizer; print(Tokenizer('gpt2').encode('Hello <|endoftext|>'))"
     hub = FakeHub({"openai-community/gpt2": files})
     done = run_script("-c", code, env=env | {"HF_ENDPOINT": hub.url}, cwd=tmp_path)
     assert done.stdout.strip() == "[15496, 1279, 91, 437, 1659, 5239, 91, 29]", done.stderr
     files["merges.txt"] += b"x y\n"
     shutil.rmtree(tmp_path / "hub")
     shutil.rmtree(tmp_path / "empty")
-    code = "import cli, tokenizer; cli.run_main(lambda: tokenizer.Tokenizer('gpt2'))"
+    code = "import cli, tokenizer; cli.run_main(lambda: Tokenizer('gpt2'))"
     done = run_script("-c", code, env=env | {"HF_ENDPOINT": hub.url}, cwd=tmp_path)
     assert done.returncode == 2 and "TIKTOKEN_CACHE_DIR" in done.stderr
     hub.shutdown()
@@ -405,13 +408,13 @@ def test_sentencepiece_tokenizer(tmp_path):
     (tmp_path / "a.txt").write_text(text, encoding="utf-8")
     meta = prepare([tmp_path / "a.txt"], tmp_path / "out", "spm:600")
     assert (meta["tokenizer"], meta["vocab_size"]) == ("spm:600", 600)
-    tokenizer = fineweb.load_data_tokenizer(tmp_path / "out")
+    tokenizer = shards.load_data_tokenizer(tmp_path / "out")
     for sample_text in ("明月 and 乡\n", "two  spaces\tand\n\nlines", "😀 rare", "<|endoftext|>"):
         ids = tokenizer.encode(sample_text)
         assert tokenizer.decode(ids) == sample_text and tokenizer.eot not in ids
     assert "".join(all_text(tmp_path / "out")[::-1]) == text
     model = tmp_path / "out" / "tokenizer.spm"
-    assert fineweb.Tokenizer(**tokenizer.state()).encode("明月") == tokenizer.encode("明月")
+    assert Tokenizer(**tokenizer.state()).encode("明月") == tokenizer.encode("明月")
     assert model.is_file()
 
 
@@ -420,7 +423,7 @@ def test_a_tokenizer_file_is_used_as_it_is(tmp_path, many_files):
     (tmp_path / "mine.json").write_text(trained.model, encoding="utf-8")
     meta = prepare([many_files], tmp_path / "out", tmp_path / "mine.json")
     assert meta["vocab_size"] == 350
-    used = fineweb.load_data_tokenizer(tmp_path / "out")
+    used = shards.load_data_tokenizer(tmp_path / "out")
     assert used.encode("a test") == trained.encode("a test")
     (tmp_path / "mine.json").write_text('{"not": "a tokenizer"}')
     with pytest.raises(UserError, match=r"no tokenizer\.json"):

@@ -11,8 +11,9 @@ import pytest
 from conftest import ROOT, read_log, run_script, tiny_config
 
 import plot
-from fineweb import UserError
-from logs import open_logger
+import runlog
+from cli import UserError
+from runlog import open_logger
 
 PNG = b"\x89PNG"
 
@@ -107,7 +108,7 @@ def test_a_killed_run_is_drawn(figures, tmp_path, end):
 
 def test_steps_done_twice_count_once(tmp_path):
     (tmp_path / "log.txt").write_text("0 train 5\n1 train 4\n1 train 3\n2 train 2\n")
-    assert plot.read_log(tmp_path) == {"train": ([0, 1, 2], [5, 3, 2])}
+    assert runlog.read_log(tmp_path) == {"train": ([0, 1, 2], [5, 3, 2])}
 
 
 def test_smoothing_keeps_length_and_mean():
@@ -162,7 +163,7 @@ def test_log_txt_and_run_json(data_dir, tmp_path):
     log_some(config)
     assert (tmp_path / "log" / "log.txt").read_text().splitlines()[:3] == [
         "0 val 3", "0 train 2.5", "0 lr 0.0001"]
-    run = plot.read_run(tmp_path / "log")
+    run = runlog.read_run(tmp_path / "log")
     assert run["total_batch_size"] == 256 and run["vocab_size"] == 300
     assert [name.endswith("corpus.txt") for name in run["source"]] == [True]
     log_some(config, start_step=2)  # resumed: the lines from there on are written anew

@@ -15,13 +15,15 @@ import pytest
 import torch
 from conftest import ROOT, TINY, forked, read_log, tiny_config
 
-import devices
-import hellaswag
-import machines
+import device
+import distributed
 import parallel
+import preflight
+import presets
+import tasks
 import train_gpt2
 from checkpoints import find_checkpoint, list_checkpoints, load_checkpoint
-from fineweb import UserError
+from cli import UserError
 from train_gpt2 import train
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -73,11 +75,11 @@ def test_any_number_of_processes_trains_alike(data_dir, tmp_path, monkeypatch):
 def write_hellaswag(tmp_path, monkeypatch):
     """Eleven examples where training looks for them."""
     monkeypatch.chdir(tmp_path)
-    hellaswag.DATA_FILE.parent.mkdir()
+    tasks.DATA_FILE.parent.mkdir()
     words = ["red", "green", "blue", "black", "white", "grey", "brown", "pink"]
     examples = [{"ctx": f"A man is {words[i % 8]} and", "label": i % 4,
                  "endings": [f"sits {words[i % 5]}", "is", "the", words[i % 7]]} for i in range(11)]
-    hellaswag.DATA_FILE.write_text("".join(json.dumps(e) + "\n" for e in examples))
+    tasks.DATA_FILE.write_text("".join(json.dumps(e) + "\n" for e in examples))
 
 
 @needs_fork
@@ -381,13 +383,13 @@ def test_evaluation_never_compiles(data_dir, tmp_path, monkeypatch):
     ("NVIDIA GeForce RTX 5090", 32, "5090"), ("Tesla T4", 15, "t4"),
     ("NVIDIA T400 4GB", 4, None), ("AMD Instinct MI300X", 192, None)])
 def test_gpus_are_known_by_name(name, memory, key):
-    assert machines.name_gpu(name, memory * 2**30) == key
+    assert presets.name_gpu(name, memory * 2**30) == key
 
 
 def test_machine_presets_change_nothing_of_the_recipe(capsys, monkeypatch):
     recipe = train_gpt2.RECIPE
     plain = train_gpt2.TrainConfig()
-    for preset, values in machines.MACHINES.items():
+    for preset, values in presets.MACHINE_PRESETS.items():
         _, config = train_gpt2.parse_config(["--preset", preset])
         assert all(getattr(config, name) == getattr(plain, name) for name in recipe)
         assert train_gpt2.check_config(config, 1) == 512 // config.B
@@ -422,12 +424,12 @@ def test_check_tells_what_there_is(call, data_dir, tmp_path):
 
 def test_expected_sizes_of_the_124m_run():
     config = train_gpt2.TrainConfig(B=4, T=128)
-    shape = train_gpt2.build_shape(config)
-    memory, checkpoint = machines.estimate(shape, config, torch.device("cpu"), torch.float32, 1)
+    shape = train_gpt2.make_model_config(config)
+    memory, checkpoint = preflight.estimate(shape, config, torch.device("cpu"), torch.float32, 1)
     assert checkpoint == 12 * 124_475_904
     assert 2.0 < memory / 2**30 < 3.5  # 3.1 GB were measured for such a step
     config = train_gpt2.TrainConfig(B=8, T=1024)
-    memory, _ = machines.estimate(shape, config, torch.device("cpu"), torch.float32, 1)
+    memory, _ = preflight.estimate(shape, config, torch.device("cpu"), torch.float32, 1)
     assert 5.8 < memory / 1e9 < 7.2  # 6.5 GB were measured
 
 
@@ -446,10 +448,10 @@ def test_set_seed_covers_every_generator():
     import numpy as np
     draws = []
     for _ in range(2):
-        devices.set_seed(5)
+        device.set_seed(5)
         draws.append((random.random(), np.random.rand(), torch.rand(1).item()))
     assert draws[0] == draws[1]
-    devices.set_seed(5, deterministic=True)
+    device.set_seed(5, deterministic=True)
     try:
         assert torch.are_deterministic_algorithms_enabled()
     finally:
@@ -467,23 +469,23 @@ def test_combinations_that_do_not_work(data_dir, tmp_path, monkeypatch, changes,
     monkeypatch.setattr(parallel, "sum_over_ranks", lambda values, device: [
         world_size * value for value in values])
     config = tiny_config(data_dir, tmp_path, **changes)
-    processes = devices.Processes(torch.device("cpu"), 0, world_size)
+    ranks = distributed.Ranks(torch.device("cpu"), 0, world_size)
     with pytest.raises(UserError, match=message):
-        parallel.check_combination(config, processes, getattr(torch, config.dtype, torch.float32))
+        parallel.resolve_compile(config, ranks, getattr(torch, config.dtype, torch.float32))
 
 
 def test_processes_that_cannot_work(monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(devices, "pick_device", torch.device)
+    monkeypatch.setattr(distributed, "pick_device", torch.device)
     with pytest.raises(UserError, match="a Mac has one GPU"):
-        devices.init_distributed("mps")
+        distributed.init_distributed("mps")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(UserError, match="process 1 of this node has no GPU"):
-        devices.init_distributed("cuda")
+        distributed.init_distributed("cuda")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    monkeypatch.setattr(devices.dist, "is_nccl_available", lambda: False)
+    monkeypatch.setattr(distributed.dist, "is_nccl_available", lambda: False)
     with pytest.raises(UserError, match="no NCCL"):
-        devices.init_distributed("cuda")
+        distributed.init_distributed("cuda")

@@ -13,7 +13,7 @@ from conftest import ROOT, TINY, forked, read_log, run_script, tiny_config
 
 import train_gpt2
 from checkpoints import find_checkpoint, list_checkpoints, load_checkpoint
-from fineweb import UserError
+from cli import UserError
 from train_gpt2 import DataLoaderLite, train
 
 
@@ -182,8 +182,8 @@ LIMITED = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # a tiny checkpoint has 0.5 MB
 sys.path.insert(0, sys.argv.pop(1))
-import train_gpt2
-train_gpt2.fineweb.run_main(train_gpt2.main)
+import cli, train_gpt2
+cli.run_main(train_gpt2.main)
 """
 
 
@@ -254,7 +254,7 @@ def test_checkpoints_of_build_nanogpt_load(tmp_path, prefix):
     assert load_checkpoint(path)["step"] == 19072
     with pytest.raises(UserError, match="--init_from"):
         train_gpt2.resume(train_gpt2.TrainConfig(resume=str(path)),
-                          train_gpt2.Processes(torch.device("cpu")), model, None, None, {})
+                          train_gpt2.Ranks(torch.device("cpu")), model, None, None, {})
 
 
 class Evil:
@@ -280,7 +280,7 @@ def test_a_checkpoint_holds_plain_values_only(log_dir):
     model = train_gpt2.load_model(path)
     assert model.transformer.wte.weight is model.lm_head.weight
     assert all(torch.equal(p, checkpoint["model"][name]) for name, p in model.named_parameters())
-    assert train_gpt2.load_tokenizer(log_dir).vocab_size == 300
+    assert train_gpt2.load(log_dir)[1].vocab_size == 300
     # 12 bytes a parameter and little else: tied weights are stored once
     assert path.stat().st_size < 12 * sum(p.numel() for p in model.parameters()) + 60_000
     assert json.dumps(checkpoint["recipe"])

@@ -18,10 +18,12 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import linear
 import sample
-from fineweb import UserError
-from linear import pack_linears
-from sample import KVCache, TextStream, generate, pick_token
-from train_gpt2 import GPT, GPTConfig, load_tokenizer
+from checkpoints import default_source
+from cli import UserError
+from generate import KVCache, generate, sample_token
+from linear import prepack
+from sample import TextStream
+from train_gpt2 import GPT, GPTConfig, load
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +70,7 @@ def test_prefill_in_chunks_equals_one_piece(model, chunks):
 @torch.inference_mode()
 def test_packed_products_equal_plain_ones(model, any_size):
     packed = copy.deepcopy(model)
-    pack_linears(packed)
+    prepack(packed)
     if not linear.have_onednn():
         pytest.skip("packed products are for x86 CPUs with oneDNN")
     assert isinstance(packed.lm_head, linear.PackedLinear)
@@ -88,7 +90,7 @@ def test_packing_is_for_several_rows(log_dir, any_size, monkeypatch, flags, pack
 
 def test_half_precision_is_not_packed(model, any_size):
     half = copy.deepcopy(model).to(torch.bfloat16)
-    pack_linears(half)
+    prepack(half)
     assert isinstance(half.lm_head, torch.nn.Linear)
     row, = generate(half, [3], 100, 100, max_new_tokens=40)  # and its cache is as narrow
     assert len(row) == 40
@@ -122,7 +124,7 @@ def test_greedy_text_equals_hugging_face(hf_folder, packed, penalty, any_size):
     folder, hf = hf_folder
     model = GPT.from_pretrained(folder)
     if packed:
-        pack_linears(model)
+        prepack(model)
     theirs = hf.generate(torch.tensor([[5, 17, 3]]), do_sample=False, max_new_tokens=50,
                          min_new_tokens=50, repetition_penalty=penalty, pad_token_id=100,
                          attention_mask=torch.ones(1, 3))[0, 3:].tolist()
@@ -142,7 +144,7 @@ def test_text_goes_on_past_the_context(model):
         logits, _ = model(torch.tensor([window]))
         generator = np.random.default_rng([42, 1])
         generator.random(tokens.index(chosen, 32) - 3)
-        assert pick_token(logits[0, -1, :100].detach().numpy(), generator) == chosen
+        assert sample_token(logits[0, -1, :100].detach().numpy(), generator) == chosen
     # a prompt longer than the context keeps its end
     long = list(range(50))
     assert generate(model, long, 100, 100, max_new_tokens=5) == generate(
@@ -214,7 +216,7 @@ def test_an_empty_prompt_starts_from_end_of_text(model):
 def test_pick_token_follows_the_distribution():
     probs = np.array([0.5, 0.2, 0.2, 0.1])
     generator = rng()
-    draws = [pick_token(np.log(probs), generator) for _ in range(4000)]
+    draws = [sample_token(np.log(probs), generator) for _ in range(4000)]
     assert np.bincount(draws, minlength=4) / 4000 == pytest.approx(probs, abs=0.03)
 
 
@@ -226,7 +228,7 @@ def test_pick_token_follows_the_distribution():
 def test_pick_token_keeps_what_it_should(options, allowed):
     logits = np.log(np.array([0.15, 0.55, 0.05, 0.25]))
     generator = rng()
-    assert {pick_token(logits, generator, **options) for _ in range(300)} == allowed
+    assert {sample_token(logits, generator, **options) for _ in range(300)} == allowed
 
 
 @pytest.mark.parametrize("top_p", [0.3, 0.9, 0.98, 1.0])
@@ -239,15 +241,15 @@ def test_top_p_of_all_tokens_equals_sorting_them_all(top_p, scale):
     generator, twin = rng(), rng()
     for _ in range(50):
         place = np.searchsorted(cumulative, twin.random() * cumulative[:count][-1], side="right")
-        assert pick_token(logits, generator, top_p=top_p) == order[place]
+        assert sample_token(logits, generator, top_p=top_p) == order[place]
 
 
 def test_repetition_penalty_makes_what_was_seen_less_likely():
     logits = np.array([2.0, 1.5, -1.0, -1.1])
-    assert pick_token(logits, rng(), 0, repetition_penalty=2, seen=[0, 0]) == 1
-    assert pick_token(logits, rng(), 0, repetition_penalty=20, seen=[0, 1, 2]) == 0
-    assert pick_token(logits - 2.5, rng(), 0, repetition_penalty=5, seen=[0, 1, 2]) == 0
-    assert pick_token(logits - 2.5, rng(), 0, repetition_penalty=9, seen=[0, 1, 2]) == 3
+    assert sample_token(logits, rng(), 0, repetition_penalty=2, seen=[0, 0]) == 1
+    assert sample_token(logits, rng(), 0, repetition_penalty=20, seen=[0, 1, 2]) == 0
+    assert sample_token(logits - 2.5, rng(), 0, repetition_penalty=5, seen=[0, 1, 2]) == 0
+    assert sample_token(logits - 2.5, rng(), 0, repetition_penalty=9, seen=[0, 1, 2]) == 3
     assert logits.tolist() == [2.0, 1.5, -1.0, -1.1]  # other samples read them too
 
 
@@ -255,21 +257,21 @@ def test_repetition_penalty_makes_what_was_seen_less_likely():
 def test_what_the_likeliest_reach(count):
     for seed in range(20):
         logits = np.random.default_rng(seed).normal(size=5003).round(seed % 3 + 1)  # with ties
-        value = sample.reached_by(count, logits)
+        value = generate.topk_lower_bound(count, logits)
         assert value <= np.sort(logits)[-count]
         assert (logits >= value).sum() < 2 * count + 400
 
 
 def test_equal_logits_at_the_edge_of_top_k_keep_k_tokens():
     generator = rng()
-    draws = {pick_token(np.zeros(50), generator, top_k=3) for _ in range(200)}
+    draws = {sample_token(np.zeros(50), generator, top_k=3) for _ in range(200)}
     assert len(draws) == 3
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_logits_that_are_no_numbers_are_an_error(bad):
     with pytest.raises(UserError, match="not finite"):
-        pick_token(np.array([0.0, bad]), rng())
+        sample_token(np.array([0.0, bad]), rng())
 
 
 # text
@@ -277,7 +279,7 @@ def test_logits_that_are_no_numbers_are_an_error(bad):
 
 @pytest.fixture(scope="module")
 def tokenizer(log_dir):
-    return load_tokenizer(log_dir)
+    return load(log_dir)[1]
 
 
 def test_stream_shows_whole_characters_only(tokenizer):
@@ -368,11 +370,11 @@ def test_greedy_is_temperature_0(call, log_dir):
 def test_default_model_is_the_newest_run(call, log_dir, monkeypatch, tmp_path):
     monkeypatch.delenv("GPT2_MODEL", raising=False)
     monkeypatch.chdir(log_dir.parent)
-    assert sample.default_model() == "log"
+    assert default_source() == "log"
     monkeypatch.chdir(tmp_path)
-    assert sample.default_model() == "gpt2"
+    assert default_source() == "gpt2"
     monkeypatch.setenv("GPT2_MODEL", "distilgpt2")
-    assert sample.default_model() == "distilgpt2"
+    assert default_source() == "distilgpt2"
 
 
 @pytest.mark.parametrize("flags", [

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import linear
 import loss
 import train_gpt2
-from devices import flops_per_token, model_flops_utilization, paused_garbage_collection
+from device import flops_per_token, model_flops_utilization, paused_garbage_collection
 from train_gpt2 import GPT, GPTConfig
 
 
@@ -30,7 +30,7 @@ def plain_gelu_linear(x, weight, bias):
 def plain_loss(model, x, y):
     """The loss as the ancestor computes it: nn.Linear, all logits, then F.cross_entropy."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(linear, "LARGE", math.inf)
+        patch.setattr(linear, "ONEDNN_MIN_NUMEL", math.inf)
         patch.setattr(train_gpt2, "gelu_linear", plain_gelu_linear)
         return F.cross_entropy(model.lm_head(model.hidden(x)).flatten(0, 1), y.flatten())
 
@@ -154,13 +154,13 @@ def test_onednn_is_for_float32_on_the_cpu(any_size, monkeypatch):
     if not linear.have_onednn():
         pytest.skip("oneDNN's products are for x86 CPUs")
     weight = torch.zeros(4, 4)
-    assert linear.suits_onednn(weight)
-    assert not linear.suits_onednn(weight.bfloat16())
-    assert not linear.suits_onednn(weight.to("meta"))
+    assert linear.use_onednn(weight)
+    assert not linear.use_onednn(weight.bfloat16())
+    assert not linear.use_onednn(weight.to("meta"))
     with torch.autocast("cpu", torch.bfloat16):
-        assert not linear.suits_onednn(weight)
+        assert not linear.use_onednn(weight)
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)  # as sample.py --safe does
-    assert not linear.suits_onednn(weight)
+    assert not linear.use_onednn(weight)
 
 
 def test_large_products_are_onednn_s_in_training_and_without(any_size, products):
@@ -244,9 +244,9 @@ def test_twenty_steps_as_the_plain_step_makes_them(any_size, chunks):
 KEEP_MEMORY = """
 import resource, sys, torch
 sys.path.insert(0, sys.argv[1])
-from cli import keep_memory
+from device import tune_malloc
 if sys.argv[2] == "kept":
-    keep_memory()
+    tune_malloc()
 for i in range(20):  # the first few find their places
     if i == 10:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

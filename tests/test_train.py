@@ -8,11 +8,12 @@ import pytest
 import torch
 from conftest import ROOT, read_log, run_script, tiny_config
 
-import hellaswag
-import machines
+import presets
+import shards
+import tasks
 import train_gpt2
 from checkpoints import find_checkpoint, load_checkpoint
-from fineweb import UserError
+from cli import UserError
 from train_gpt2 import TrainConfig, get_lr, parse_config, train
 
 
@@ -42,7 +43,7 @@ def test_defaults_are_the_124m_recipe():
 def test_explicit_flags_win_over_the_preset():
     preset, config = parse_config(["--max_steps", "7", "--preset", "demo", "--compile"])
     assert preset == "demo" and config.max_steps == 7 and config.compile is True
-    assert config == replace(TrainConfig(**machines.RUNS["demo"]), max_steps=7, compile=True)
+    assert config == replace(TrainConfig(**presets.RUN_PRESETS["demo"]), max_steps=7, compile=True)
     assert parse_config(["--no_compile", "--no_shuffle"])[1] == TrainConfig(
         compile=False, shuffle=False)
 
@@ -78,7 +79,7 @@ def test_a_run_learns_logs_and_saves(data_dir, tmp_path, capsys):
 
 def test_bits_per_byte_count_the_bytes_of_the_text(data_dir, tmp_path):
     result = train(tiny_config(data_dir, tmp_path))
-    totals = train_gpt2.fineweb.read_meta(data_dir)["splits"]["val"]
+    totals = shards.read_meta(data_dir)["splits"]["val"]
     nats = result["val_loss"] * totals["tokens"]
     assert result["bits_per_byte"] == pytest.approx(nats / math.log(2) / totals["bytes"])
     # a model that knows little pays about log2(V) bits a token
@@ -122,8 +123,8 @@ def test_bfloat16_autocast(data_dir, tmp_path):
 
 def test_evaluation_does_not_change_training(data_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    hellaswag.DATA_FILE.parent.mkdir()
-    hellaswag.DATA_FILE.write_text(
+    tasks.DATA_FILE.parent.mkdir()
+    tasks.DATA_FILE.write_text(
         '{"ctx": "A man", "endings": ["a", "b", "c", "d"], "label": 0}\n' * 3)
     train(tiny_config(data_dir, tmp_path / "a", eval_every=0, sample_every=0, save_every=0))
     train(tiny_config(data_dir, tmp_path / "b", eval_every=1, sample_every=1, save_every=1,
@@ -156,16 +157,16 @@ def test_init_from_a_checkpoint(data_dir, log_dir, tmp_path):
 def test_training_goes_on_without_hellaswag(data_dir, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HELLASWAG_URL", "http://127.0.0.1:9/none")
-    monkeypatch.setattr(hellaswag.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(tasks.time, "sleep", lambda seconds: None)
     assert train(tiny_config(data_dir, tmp_path, hellaswag_every=2))["step"] == 6
     assert capsys.readouterr().out.count("warning: training goes on without HellaSwag") == 1
 
 
 def test_hellaswag_accuracy_is_logged(data_dir, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    hellaswag.DATA_FILE.parent.mkdir()
+    tasks.DATA_FILE.parent.mkdir()
     line = '{"ctx": "A man", "endings": ["a", "b", "c", "d"], "label": 0}\n'
-    hellaswag.DATA_FILE.write_text(line * 8)
+    tasks.DATA_FILE.write_text(line * 8)
     train(tiny_config(data_dir, tmp_path, hellaswag_every=3, hellaswag_limit=4))
     assert list(read_log(tmp_path, "hella")) == [0, 3, 6]
     assert re.search(r"HellaSwag accuracy: \d/4=", capsys.readouterr().out)
@@ -174,7 +175,7 @@ def test_hellaswag_accuracy_is_logged(data_dir, tmp_path, capsys, monkeypatch):
 def test_importing_a_module_only_defines(tmp_path):
     slow = "{'transformers', 'datasets', 'tiktoken', 'tokenizers', 'pyarrow', 'requests', 'torch'}"
     for modules, expected in (("fineweb", []), (
-            "devices, pretrained, sample, hellaswag, train_gpt2", ["torch"])):
+            "device, pretrained, sample, hellaswag, train_gpt2", ["torch"])):
         code = f"import sys, {modules}; print(sorted(set(sys.modules) & {slow}))"
         done = run_script("-c", code, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)})
         assert done.stdout.strip() == str(expected), done.stderr

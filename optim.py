@@ -8,7 +8,8 @@ import math
 
 import torch
 
-from devices import sum_over_ranks
+from cli import first_line
+from distributed import sum_over_ranks
 
 OPTIMIZERS = ("adamw", "adamw8bit", "muon")
 # of Muon
@@ -70,9 +71,8 @@ def find_adamw8bit(device, verbose):
             raise RuntimeError("a trial step went wrong")
     except Exception as error:  # each release fails in its own way where it lacks a kernel
         if verbose:
-            reason = (str(error) or type(error).__name__).splitlines()[0]
             print(f"warning: no adamw8bit on {device.type}, AdamW instead: pip install "
-                  f"bitsandbytes ({reason:.100})")
+                  f"bitsandbytes ({first_line(error):.100})")
         return None
     if verbose:
         print("using 8-bit AdamW: True")

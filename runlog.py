@@ -8,11 +8,12 @@ import re
 from dataclasses import asdict
 from pathlib import Path
 
-import fineweb
 from checkpoints import list_checkpoints
-from fineweb import UserError
+from cli import UserError
+from files import read_json, write_atomically, write_json
+from shards import read_meta
 
-OF_A_RUN = ("log.txt", "run.json", "loss.png", "tensorboard")  # what it leaves beside checkpoints
+RUN_FILES = ("log.txt", "run.json", "loss.png", "tensorboard")  # what it leaves beside checkpoints
 
 
 def open_logger(config, start_step=0, resumed_from=None):
@@ -26,8 +27,8 @@ def open_logger(config, start_step=0, resumed_from=None):
     SummaryWriter = import_tensorboard() if config.tensorboard else None
     run = start_wandb(config.wandb, config) if config.wandb else None
     log_file = start_log_dir(log_dir, start_step, resumed_from)
-    meta = fineweb.read_meta(config.data_dir)
-    fineweb.write_json(log_dir / "run.json", {
+    meta = read_meta(config.data_dir)
+    write_json(log_dir / "run.json", {
         **asdict(config), "vocab_size": meta["vocab_size"],
         "source": meta.get("recipe", {}).get("source")})  # plot.py draws the axes by it
     # after a resume, TensorBoard forgets what is logged anew
@@ -105,7 +106,7 @@ def start_log_dir(log_dir, start_step, resumed_from=None):
     last = start_step if ours else -1
     aside = [path for step, path in list_checkpoints(log_dir).items() if step > last]
     if not ours:
-        aside += [path for name in OF_A_RUN if (path := log_dir / name).exists()]
+        aside += [path for name in RUN_FILES if (path := log_dir / name).exists()]
     if aside:
         folder = next(p for n in itertools.count(1)
                       if not (p := log_dir / f"previous_{n}").exists())
@@ -124,4 +125,31 @@ def cut_log(log_file, start_step):
     lines = log_file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
     kept = [line for line in lines if re.fullmatch(r"\d+ \S+ \S+\n", line)
             and int(line.split()[0]) < start_step]
-    fineweb.write_atomically(log_file, lambda file: file.write("".join(kept).encode("utf-8")))
+    write_atomically(log_file, lambda file: file.write("".join(kept).encode("utf-8")))
+
+
+def read_log(log_dir):
+    """
+    {stream: (steps, values)} of log_dir/log.txt, two lists each, by step. A step that was done
+    twice counts as it came out last. Damaged lines are skipped: a killed run may leave one. Raises
+    UserError if there is no log.
+    """
+    path = Path(log_dir) / "log.txt"
+    if not path.is_file():
+        raise UserError(f"{log_dir} has no log.txt: name the log folder of a run")
+    streams = {}
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:
+        try:
+            step, stream, value = line.split()
+            streams.setdefault(stream, {})[int(step)] = float(value)
+        except ValueError:
+            continue
+    if not streams:
+        raise UserError(f"{path} holds no line of 'step stream value' yet")
+    return {name: (sorted(at), [at[step] for step in sorted(at)]) for name, at in streams.items()}
+
+
+def read_run(log_dir):
+    """run.json, which a run leaves beside its log.txt, as a dict; empty if there is none."""
+    path = Path(log_dir) / "run.json"
+    return read_json(path) if path.is_file() else {}

@@ -3,22 +3,16 @@ What this machine is: the device, the number type of its matrix products, and th
 torchrun started. One answer for every script.
 """
 
+import ctypes
 import gc
 import os
 import random
 from contextlib import contextmanager, nullcontext
-from datetime import timedelta
-from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
-from fineweb import UserError
-
-# how long a process waits for the others before it gives up. A process that dies is noticed at once
-# with gloo, and by torchrun; one that hangs, after this
-COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+from cli import UserError
 
 
 def set_seed(seed, deterministic=False):
@@ -99,89 +93,13 @@ def model_flops_utilization(flops_per_sec, device_name, world_size=1):
     return flops_per_sec / (peaks[0] * 1e12 * world_size) if peaks and peaks[0] else None
 
 
-def format_mfu(processes, dtype, flops_per_sec):
+def format_mfu(ranks, dtype, flops_per_sec):
     """The end of a step's line for GPUs whose peak is known, empty elsewhere."""
-    if processes.device.type != "cuda" or dtype == torch.float32:
+    if ranks.device.type != "cuda" or dtype == torch.float32:
         return ""
-    name = torch.cuda.get_device_name(processes.device)
-    mfu = model_flops_utilization(flops_per_sec, name, processes.ddp_world_size)
+    name = torch.cuda.get_device_name(ranks.device)
+    mfu = model_flops_utilization(flops_per_sec, name, ranks.ddp_world_size)
     return "" if mfu is None else f" | mfu {mfu:.1%}"
-
-
-class Processes(NamedTuple):
-    """This process among those that torchrun started; alone, the only one of one."""
-
-    device: torch.device
-    ddp_rank: int = 0
-    ddp_world_size: int = 1
-
-    @property
-    def master_process(self):
-        """Whether this is the process that prints and saves."""
-        return self.ddp_rank == 0
-
-
-def init_distributed(device_name):
-    """Join the process group if torchrun started us; returns Processes. Raises UserError."""
-    if "RANK" not in os.environ:
-        return Processes(pick_device(device_name))
-    ddp_rank, ddp_local_rank, ddp_world_size = (
-        int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
-    device = pick_device(device_name)
-    if device.type == "mps":
-        raise UserError("a Mac has one GPU: start without torchrun, or add --device cpu")
-    if device.type == "cuda":
-        if ddp_local_rank >= torch.cuda.device_count():
-            raise UserError(f"process {ddp_local_rank} of this node has no GPU, torch sees "
-                            f"{torch.cuda.device_count()}: lower --nproc_per_node")
-        device = torch.device("cuda", ddp_local_rank)
-        torch.cuda.set_device(device)
-    if device.type == "cuda" and not dist.is_nccl_available() and os.name != "nt":
-        raise UserError("this torch has no NCCL, which GPUs talk through: install a CUDA build of "
-                        "torch, or add --device cpu")
-    backend = "nccl" if device.type == "cuda" and dist.is_nccl_available() else "gloo"
-    dist.init_process_group(backend, store=fresh_store(), rank=ddp_rank, world_size=ddp_world_size,
-                            timeout=COLLECTIVE_TIMEOUT)
-    return Processes(device, ddp_rank, ddp_world_size)
-
-
-def fresh_store():
-    """
-    Where the processes of one node meet: torchrun's store, but not what those wrote into it that a
-    restart replaces, or the new ones would look for the dead. None: as torch does it.
-    """
-    env = os.environ
-    if env.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or env["GROUP_WORLD_SIZE"] != "1":
-        return None  # nodes count restarts each for itself
-    store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False)
-    return dist.PrefixStore(f"attempt_{env['TORCHELASTIC_RESTART_COUNT']}", store)
-
-
-def sum_over_ranks(values, device):
-    """Add lists of numbers over all processes, elementwise: gloo knows sums, but no averages."""
-    if not dist.is_initialized():
-        return list(values)
-    total = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(total, op=dist.ReduceOp.SUM)
-    return total.tolist()
-
-
-def on_master(processes, function):
-    """
-    Call `function()` on the master only; every process returns its result (plain and small) or
-    raises its UserError or OSError, so that none waits for a master that has given up.
-    """
-    box = [None, None]
-    if processes.master_process:
-        try:
-            box[0] = function()
-        except (UserError, OSError) as error:
-            box[1] = str(error)
-    if dist.is_initialized():
-        dist.broadcast_object_list(box, src=0)
-    if box[1]:
-        raise UserError(box[1])
-    return box[0]
 
 
 def free_cache(device):
@@ -204,3 +122,18 @@ def paused_garbage_collection():
     finally:
         gc.enable()
         gc.unfreeze()
+
+
+def tune_malloc():
+    """
+    Have the C library keep what is freed: handing large tensors back to the system and having it
+    zero them anew, page by page, in every step costs time. Linux with glibc; nothing elsewhere.
+    """
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt  # glibc's name
+    except (OSError, AttributeError):
+        return
+    # M_MMAP_MAX: no tensor in a mapping of its own; M_TRIM_THRESHOLD: the heap never shrinks;
+    # M_TOP_PAD: it grows by 256 MB at a time; M_ARENA_MAX: and there is one of it
+    for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28), (-8, 1)):
+        mallopt(option, value)
