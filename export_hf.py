@@ -17,12 +17,18 @@ from pathlib import Path
 
 import torch
 
-from checkpoints import load_checkpoint, resolve_checkpoint
-from cli import UserError, make_parser, run_main
-from files import read_json
-from pretrained import TRANSPOSED
-from runlog import read_log
-from tokenizer import END_OF_TEXT, Tokenizer, byte_level, byte_spelling, import_sentencepiece
+from gpt2lab.checkpoints import load_checkpoint, resolve_checkpoint
+from gpt2lab.cli import UserError, make_parser, run_main
+from gpt2lab.files import read_json
+from gpt2lab.pretrained import TRANSPOSED
+from gpt2lab.runlog import read_log
+from gpt2lab.tokenizer import (
+    END_OF_TEXT,
+    Tokenizer,
+    byte_level,
+    byte_spelling,
+    import_sentencepiece,
+)
 
 # the knobs of a run that say what came out of it; paths stay out of what others will read
 RECIPE = ("total_batch_size", "T", "max_steps", "optimizer", "max_lr", "min_lr", "warmup_steps",

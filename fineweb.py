@@ -28,10 +28,10 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-import sources
-from cli import UserError, env_rank, make_parser, run_main
-from files import read_json, sha256, write_atomically, write_json
-from shards import (
+from gpt2lab import sources
+from gpt2lab.cli import UserError, env_rank, make_parser, run_main
+from gpt2lab.files import read_json, sha256, write_atomically, write_json
+from gpt2lab.shards import (
     FORMAT_VERSION,
     SPLITS,
     describe_head,
@@ -42,8 +42,8 @@ from shards import (
     shard_name,
     verify,
 )
-from sources import Input, RowCounter
-from tokenizer import check_spec, make_tokenizer
+from gpt2lab.sources import Input, RowCounter
+from gpt2lab.tokenizer import check_spec, make_tokenizer
 
 SAMPLE_BYTES = 100_000_000  # a trained tokenizer learns from at most this much text
 KEPT_BYTES = 100_000_000  # a corpus up to this size is read once, and stays in memory

@@ -21,13 +21,13 @@ from pathlib import Path
 import torch.distributed as dist
 from tqdm import tqdm
 
-from checkpoints import default_source
-from cli import UserError, make_parser, run_main
-from device import tune_malloc
-from distributed import init_distributed, sum_over_ranks
-from files import write_atomically
-from scoring import evaluate, standard_error, tally
-from tasks import OFFICIAL_FILES, download, iterate_examples
+from gpt2lab.checkpoints import default_source
+from gpt2lab.cli import UserError, make_parser, run_main
+from gpt2lab.device import tune_malloc
+from gpt2lab.distributed import init_distributed, sum_over_ranks
+from gpt2lab.files import write_atomically
+from gpt2lab.scoring import evaluate, standard_error, tally
+from gpt2lab.tasks import OFFICIAL_FILES, download, iterate_examples
 from train_gpt2 import load
 
 # -----------------------------------------------------------------------------

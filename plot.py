@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from cli import UserError, make_parser, run_main
-from runlog import read_log, read_run
+from gpt2lab.cli import UserError, make_parser, run_main
+from gpt2lab.runlog import read_log, read_run
 
 # (value, name) of published models, for runs on FineWeb-EDU with the gpt2 tokenizer: OpenAI's GPT-2
 # scored on its val shard (build-nanogpt), GPT-3 from its paper

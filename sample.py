@@ -18,12 +18,12 @@ from pathlib import Path
 
 import torch
 
-from checkpoints import default_source
-from cli import UserError, make_parser, run_main
-from device import pick_device, tune_malloc
-from files import write_atomically
-from generate import generate
-from linear import prepack
+from gpt2lab.checkpoints import default_source
+from gpt2lab.cli import UserError, make_parser, run_main
+from gpt2lab.device import pick_device, tune_malloc
+from gpt2lab.files import write_atomically
+from gpt2lab.generate import generate
+from gpt2lab.kernels import prepack
 from train_gpt2 import load
 
 # temperature flattens (> 1) or sharpens (< 1) the distribution; top_k keeps the k likeliest tokens

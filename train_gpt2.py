@@ -30,19 +30,21 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.checkpoint import checkpoint as recompute
 
-import checkpoints
 import fineweb
-import parallel
 import plot
-import preflight
-import presets
-import pretrained
-import runlog
-import scoring
-import shards
-import tasks
-from cli import UserError, add_options, make_parser, option, run_main
-from device import (
+from gpt2lab import (
+    checkpoints,
+    parallel,
+    preflight,
+    presets,
+    pretrained,
+    runlog,
+    scoring,
+    shards,
+    tasks,
+)
+from gpt2lab.cli import UserError, add_options, make_parser, option, run_main
+from gpt2lab.device import (
     autocast,
     flops_per_token,
     format_mfu,
@@ -53,19 +55,19 @@ from device import (
     synchronize,
     tune_malloc,
 )
-from distributed import (
+from gpt2lab.distributed import (
     Ranks,
     init_distributed,
     naming_lost_processes,
     on_master,
     sum_over_ranks,
 )
-from generate import generate
-from linear import Linear, gelu_linear
-from loss import cross_entropy
-from optim import OPTIMIZERS, make_optimizer
-from signals import Signals
-from tokenizer import Tokenizer
+from gpt2lab.generate import generate
+from gpt2lab.kernels import Linear, gelu_linear
+from gpt2lab.loss import cross_entropy
+from gpt2lab.optim import OPTIMIZERS, make_optimizer
+from gpt2lab.signals import Signals
+from gpt2lab.tokenizer import Tokenizer
 
 # -----------------------------------------------------------------------------
 # the model

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 import fineweb
-import linear
 import train_gpt2
-from cli import UserError, run_main
-from tokenizer import Tokenizer
+from gpt2lab import kernels
+from gpt2lab.cli import UserError, run_main
+from gpt2lab.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -126,4 +126,4 @@ def read_log(log_dir, stream):
 @pytest.fixture
 def any_size(monkeypatch):
     """Products of small matrices are done as those of large ones."""
-    monkeypatch.setattr(linear, "ONEDNN_MIN_NUMEL", 1)
+    monkeypatch.setattr(kernels, "ONEDNN_MIN_NUMEL", 1)

@@ -20,8 +20,8 @@ import torch
 import torch.distributed.checkpoint.state_dict  # or every child would import it
 
 import train_gpt2
-from checkpoints import list_checkpoints
-from cli import UserError
+from gpt2lab.checkpoints import list_checkpoints
+from gpt2lab.cli import UserError
 
 
 def free_port():

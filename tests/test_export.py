@@ -12,14 +12,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 import export_hf
 import fineweb
-import pretrained
 import sample
-import shards
-from checkpoints import load_checkpoint, save_checkpoint
-from cli import UserError
-from generate import generate
-from pretrained import load_tokenizer
-from tokenizer import make_tokenizer, train_bpe
+from gpt2lab import pretrained, shards
+from gpt2lab.checkpoints import load_checkpoint, save_checkpoint
+from gpt2lab.cli import UserError
+from gpt2lab.generate import generate
+from gpt2lab.pretrained import load_tokenizer
+from gpt2lab.tokenizer import make_tokenizer, train_bpe
 from train_gpt2 import GPT, GPTConfig, TrainConfig, load, load_model, train
 
 # in a row of asterisks spm has several best segmentations, and any of them is right

@@ -12,11 +12,10 @@ import tiktoken
 from conftest import small_text
 
 import fineweb
-import shards
-import sources
-from cli import UserError
 from fineweb import prepare
-from tokenizer import END_OF_TEXT, Tokenizer, train_bpe
+from gpt2lab import shards, sources
+from gpt2lab.cli import UserError
+from gpt2lab.tokenizer import END_OF_TEXT, Tokenizer, train_bpe
 
 STRANGE = ["", "a", " ", "\r\n \n\n\t x", "héllo wörld", "你好，世界。红楼梦", "😀👩‍👩‍👧",
            "\u0000\x7f", "<|endoftext|> is text <|endoftext|>", "  def f(x):\n    return x\n",

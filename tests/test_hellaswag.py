@@ -14,10 +14,9 @@ from one_by_one import score_one_by_one
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import hellaswag
-import scoring
-import tasks
-from cli import UserError
-from tokenizer import train_bpe
+from gpt2lab import scoring, tasks
+from gpt2lab.cli import UserError
+from gpt2lab.tokenizer import train_bpe
 from train_gpt2 import load, load_model, train
 
 EXAMPLES = [

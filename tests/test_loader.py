@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from cli import UserError
+from gpt2lab.cli import UserError
 from train_gpt2 import DataLoaderLite
 
 T = 8

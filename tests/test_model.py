@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from cli import UserError
+from gpt2lab.cli import UserError
 from train_gpt2 import GPT, GPTConfig
 
 SMALL = dict(block_size=32, vocab_size=100, n_layer=3, n_head=4, n_embd=64)

@@ -9,7 +9,7 @@ import torch
 from conftest import read_log, tiny_config
 from torch.nn import functional as F
 
-import optim
+from gpt2lab import optim
 from train_gpt2 import GPT, GPTConfig, train
 
 

@@ -17,12 +17,11 @@ from fake_hub import FakeHub
 
 import fineweb
 import sample
-import shards
-import sources
 import train_gpt2
-from cli import UserError
 from fineweb import prepare
-from tokenizer import Tokenizer, train_bpe
+from gpt2lab import shards, sources
+from gpt2lab.cli import UserError
+from gpt2lab.tokenizer import Tokenizer, train_bpe
 
 
 @pytest.fixture
@@ -378,7 +377,7 @@ def test_gpt2_tokenizer_comes_from_the_hub_where_openai_is_blocked(real_data, tm
     files["merges.txt"] += b"x y\n"
     shutil.rmtree(tmp_path / "hub")
     shutil.rmtree(tmp_path / "empty")
-    code = "import cli, tokenizer; cli.run_main(lambda: Tokenizer('gpt2'))"
+    code = "from gpt2lab import cli, tokenizer; cli.run_main(lambda: tokenizer.Tokenizer('gpt2'))"
     done = run_script("-c", code, env=env | {"HF_ENDPOINT": hub.url}, cwd=tmp_path)
     assert done.returncode == 2 and "TIKTOKEN_CACHE_DIR" in done.stderr
     hub.shutdown()

@@ -11,9 +11,9 @@ import pytest
 from conftest import ROOT, read_log, run_script, tiny_config
 
 import plot
-import runlog
-from cli import UserError
-from runlog import open_logger
+from gpt2lab import runlog
+from gpt2lab.cli import UserError
+from gpt2lab.runlog import open_logger
 
 PNG = b"\x89PNG"
 

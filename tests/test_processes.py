@@ -15,15 +15,10 @@ import pytest
 import torch
 from conftest import ROOT, TINY, forked, read_log, tiny_config
 
-import device
-import distributed
-import parallel
-import preflight
-import presets
-import tasks
 import train_gpt2
-from checkpoints import find_checkpoint, list_checkpoints, load_checkpoint
-from cli import UserError
+from gpt2lab import device, distributed, parallel, preflight, presets, tasks
+from gpt2lab.checkpoints import find_checkpoint, list_checkpoints, load_checkpoint
+from gpt2lab.cli import UserError
 from train_gpt2 import train
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -178,7 +173,7 @@ def test_a_signal_ends_evaluation_too(data_dir, tmp_path, monkeypatch):
 
 def test_a_second_interrupt_leaves_at_once(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr("signals.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("gpt2lab.signals.time.monotonic", lambda: now[0])
     with train_gpt2.Signals() as signals:
         signal.raise_signal(signal.SIGINT)
         assert signals.stop

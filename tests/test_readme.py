@@ -7,10 +7,9 @@ from collections import Counter
 from itertools import zip_longest
 from typing import NamedTuple
 
+import bench
 import pytest
 from conftest import ROOT
-
-import bench
 
 README, CHINESE = "README.md", "README.zh-CN.md"
 CODE_SPAN = re.compile(r"`([^`]+)`")

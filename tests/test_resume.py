@@ -12,8 +12,8 @@ import torch
 from conftest import ROOT, TINY, forked, read_log, run_script, tiny_config
 
 import train_gpt2
-from checkpoints import find_checkpoint, list_checkpoints, load_checkpoint
-from cli import UserError
+from gpt2lab.checkpoints import find_checkpoint, list_checkpoints, load_checkpoint
+from gpt2lab.cli import UserError
 from train_gpt2 import DataLoaderLite, train
 
 
@@ -182,7 +182,8 @@ LIMITED = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # a tiny checkpoint has 0.5 MB
 sys.path.insert(0, sys.argv.pop(1))
-import cli, train_gpt2
+from gpt2lab import cli
+import train_gpt2
 cli.run_main(train_gpt2.main)
 """
 

@@ -16,12 +16,12 @@ import torch
 from conftest import ROOT, run_script
 from transformers import GPT2Config, GPT2LMHeadModel
 
-import linear
 import sample
-from checkpoints import default_source
-from cli import UserError
-from generate import KVCache, generate, sample_token
-from linear import prepack
+from gpt2lab import kernels
+from gpt2lab.checkpoints import default_source
+from gpt2lab.cli import UserError
+from gpt2lab.generate import KVCache, generate, sample_token
+from gpt2lab.kernels import prepack
 from sample import TextStream
 from train_gpt2 import GPT, GPTConfig, load
 
@@ -71,21 +71,21 @@ def test_prefill_in_chunks_equals_one_piece(model, chunks):
 def test_packed_products_equal_plain_ones(model, any_size):
     packed = copy.deepcopy(model)
     prepack(packed)
-    if not linear.have_onednn():
+    if not kernels.have_onednn():
         pytest.skip("packed products are for x86 CPUs with oneDNN")
-    assert isinstance(packed.lm_head, linear.PackedLinear)
+    assert isinstance(packed.lm_head, kernels.PackedLinear)
     for shape in ((1, 1), (1, 32), (4, 1), (16, 20)):
         idx = torch.randint(100, shape)
         assert torch.allclose(packed(idx)[0], model(idx)[0], rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.skipif(not linear.have_onednn(), reason="packing is for x86 CPUs with oneDNN")
+@pytest.mark.skipif(not kernels.have_onednn(), reason="packing is for x86 CPUs with oneDNN")
 @pytest.mark.parametrize("flags, packed", [
     (["--num_samples", "1"], False), (["--num_samples", "2"], True), (["--interactive"], False)])
 def test_packing_is_for_several_rows(log_dir, any_size, monkeypatch, flags, packed):
     monkeypatch.setattr(sys, "argv", ["sample.py", "--model", str(log_dir), *flags])
     model, _ = sample.load(sample.parse_args())
-    assert isinstance(model.lm_head, linear.PackedLinear) == packed
+    assert isinstance(model.lm_head, kernels.PackedLinear) == packed
 
 
 def test_half_precision_is_not_packed(model, any_size):

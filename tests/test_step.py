@@ -11,10 +11,9 @@ import torch
 from conftest import ROOT, run_script
 from torch.nn import functional as F
 
-import linear
-import loss
 import train_gpt2
-from device import flops_per_token, model_flops_utilization, paused_garbage_collection
+from gpt2lab import kernels, loss
+from gpt2lab.device import flops_per_token, model_flops_utilization, paused_garbage_collection
 from train_gpt2 import GPT, GPTConfig
 
 
@@ -30,7 +29,7 @@ def plain_gelu_linear(x, weight, bias):
 def plain_loss(model, x, y):
     """The loss as the ancestor computes it: nn.Linear, all logits, then F.cross_entropy."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(linear, "ONEDNN_MIN_NUMEL", math.inf)
+        patch.setattr(kernels, "ONEDNN_MIN_NUMEL", math.inf)
         patch.setattr(train_gpt2, "gelu_linear", plain_gelu_linear)
         return F.cross_entropy(model.lm_head(model.hidden(x)).flatten(0, 1), y.flatten())
 
@@ -96,7 +95,7 @@ def products(monkeypatch):
         real = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *args: made.append(name) or real(*args))
 
-    watch(linear, "multiply")
+    watch(kernels, "multiply")
     watch(train_gpt2, "gelu_linear")
     return made
 
@@ -132,7 +131,7 @@ def test_loss_without_gradients_computes_none(chunks, monkeypatch):
 def test_onednn_products_and_gradients_are_those_of_nn_linear(any_size, with_bias, width):
     torch.manual_seed(0)
     plain = torch.nn.Linear(24, width, bias=with_bias)
-    ours = linear.Linear(24, width, bias=with_bias)
+    ours = kernels.Linear(24, width, bias=with_bias)
     ours.load_state_dict(plain.state_dict())
     results = []
     for layer in (plain, ours):
@@ -151,20 +150,20 @@ def test_onednn_products_and_gradients_are_those_of_nn_linear(any_size, with_bia
 
 
 def test_onednn_is_for_float32_on_the_cpu(any_size, monkeypatch):
-    if not linear.have_onednn():
+    if not kernels.have_onednn():
         pytest.skip("oneDNN's products are for x86 CPUs")
     weight = torch.zeros(4, 4)
-    assert linear.use_onednn(weight)
-    assert not linear.use_onednn(weight.bfloat16())
-    assert not linear.use_onednn(weight.to("meta"))
+    assert kernels.use_onednn(weight)
+    assert not kernels.use_onednn(weight.bfloat16())
+    assert not kernels.use_onednn(weight.to("meta"))
     with torch.autocast("cpu", torch.bfloat16):
-        assert not linear.use_onednn(weight)
+        assert not kernels.use_onednn(weight)
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)  # as sample.py --safe does
-    assert not linear.use_onednn(weight)
+    assert not kernels.use_onednn(weight)
 
 
 def test_large_products_are_onednn_s_in_training_and_without(any_size, products):
-    if not linear.have_onednn():
+    if not kernels.have_onednn():
         pytest.skip("oneDNN's products are for x86 CPUs")
     model = small_model()
     our_loss(model, *batch())
@@ -244,7 +243,7 @@ def test_twenty_steps_as_the_plain_step_makes_them(any_size, chunks):
 KEEP_MEMORY = """
 import resource, sys, torch
 sys.path.insert(0, sys.argv[1])
-from device import tune_malloc
+from gpt2lab.device import tune_malloc
 if sys.argv[2] == "kept":
     tune_malloc()
 for i in range(20):  # the first few find their places

@@ -8,12 +8,10 @@ import pytest
 import torch
 from conftest import ROOT, read_log, run_script, tiny_config
 
-import presets
-import shards
-import tasks
 import train_gpt2
-from checkpoints import find_checkpoint, load_checkpoint
-from cli import UserError
+from gpt2lab import presets, shards, tasks
+from gpt2lab.checkpoints import find_checkpoint, load_checkpoint
+from gpt2lab.cli import UserError
 from train_gpt2 import TrainConfig, get_lr, parse_config, train
 
 
@@ -175,7 +173,7 @@ def test_hellaswag_accuracy_is_logged(data_dir, tmp_path, capsys, monkeypatch):
 def test_importing_a_module_only_defines(tmp_path):
     slow = "{'transformers', 'datasets', 'tiktoken', 'tokenizers', 'pyarrow', 'requests', 'torch'}"
     for modules, expected in (("fineweb", []), (
-            "device, pretrained, sample, hellaswag, train_gpt2", ["torch"])):
+            "gpt2lab.pretrained, sample, hellaswag, train_gpt2", ["torch"])):
         code = f"import sys, {modules}; print(sorted(set(sys.modules) & {slow}))"
         done = run_script("-c", code, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)})
         assert done.stdout.strip() == str(expected), done.stderr

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from cli import UserError
+from gpt2lab.cli import UserError
 
 
 class KVCache:

@@ -9,13 +9,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-import parallel
-import shards
-from cli import UserError
-from device import pick_dtype
-from distributed import init_distributed, sum_over_ranks
-from loss import rows_at_once
-from presets import GIB, settings
+from gpt2lab import parallel, shards
+from gpt2lab.cli import UserError
+from gpt2lab.device import pick_dtype
+from gpt2lab.distributed import init_distributed, sum_over_ranks
+from gpt2lab.loss import rows_at_once
+from gpt2lab.presets import GIB, settings
 
 
 def estimate(shape, config, device, dtype, world_size):

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from distributed import sum_over_ranks
-from tasks import render_examples
+from gpt2lab.distributed import sum_over_ranks
+from gpt2lab.tasks import render_examples
 
 ROWS_OF_LOGITS = 256  # at once: 51 MB
 

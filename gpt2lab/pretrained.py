@@ -11,9 +11,9 @@ from zipfile import is_zipfile
 import torch
 from torch.overrides import TorchFunctionMode
 
-from cli import UserError, first_line
-from files import read_json
-from tokenizer import END_OF_TEXT, Tokenizer, byte_level, read_tokenizer
+from gpt2lab.cli import UserError, first_line
+from gpt2lab.files import read_json
+from gpt2lab.tokenizer import END_OF_TEXT, Tokenizer, byte_level, read_tokenizer
 
 # OpenAI stored these as (in, out), the transpose of nn.Linear
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cli import UserError
+from gpt2lab.cli import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 # GPT-2's rule for cutting text into words. It finds the words that OpenAI's spelling of it finds;

@@ -9,9 +9,9 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from cli import UserError, first_line
-from device import autocast
-from distributed import sum_over_ranks
+from gpt2lab.cli import UserError, first_line
+from gpt2lab.device import autocast
+from gpt2lab.distributed import sum_over_ranks
 
 
 def resolve_compile(config, ranks, dtype):

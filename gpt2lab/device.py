@@ -12,7 +12,7 @@ from contextlib import contextmanager, nullcontext
 import numpy as np
 import torch
 
-from cli import UserError
+from gpt2lab.cli import UserError
 
 
 def set_seed(seed, deterministic=False):

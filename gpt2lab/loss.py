@@ -6,7 +6,7 @@ over, would be the largest thing in memory by far. A few rows at a time never ar
 import torch
 from torch.nn import functional as F
 
-from linear import linear
+from gpt2lab.kernels import linear
 
 CHUNK_ROWS = 512  # of 50,304 logits in float32: 103 MB. Fewer rows make slow matrix products
 CUDA_CHUNKS = 4  # times as many there: each chunk adds to the whole weight gradient

@@ -9,9 +9,9 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-from cli import UserError
-from distributed import sum_over_ranks
-from files import write_atomically
+from gpt2lab.cli import UserError
+from gpt2lab.distributed import sum_over_ranks
+from gpt2lab.files import write_atomically
 
 DATA_URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_{split}.jsonl"
 DATA_FILE = Path("hellaswag") / "hellaswag_val.jsonl"

@@ -5,7 +5,7 @@ import json
 import os
 from pathlib import Path
 
-from cli import UserError, env_rank
+from gpt2lab.cli import UserError, env_rank
 
 
 def read_json(path: Path, remedy: str = "make the folder again") -> dict:

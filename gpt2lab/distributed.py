@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from cli import UserError
-from device import pick_device
+from gpt2lab.cli import UserError
+from gpt2lab.device import pick_device
 
 # how long a process waits for the others before it gives up. A process that dies is noticed at once
 # with gloo, and by torchrun; one that hangs, after this

@@ -8,8 +8,8 @@ import math
 
 import torch
 
-from cli import first_line
-from distributed import sum_over_ranks
+from gpt2lab.cli import first_line
+from gpt2lab.distributed import sum_over_ranks
 
 OPTIMIZERS = ("adamw", "adamw8bit", "muon")
 # of Muon

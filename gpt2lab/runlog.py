@@ -8,10 +8,10 @@ import re
 from dataclasses import asdict
 from pathlib import Path
 
-from checkpoints import list_checkpoints
-from cli import UserError
-from files import read_json, write_atomically, write_json
-from shards import read_meta
+from gpt2lab.checkpoints import list_checkpoints
+from gpt2lab.cli import UserError
+from gpt2lab.files import read_json, write_atomically, write_json
+from gpt2lab.shards import read_meta
 
 RUN_FILES = ("log.txt", "run.json", "loss.png", "tensorboard")  # what it leaves beside checkpoints
 

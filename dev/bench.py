@@ -36,18 +36,14 @@ import torch
 from torch.nn import functional as F
 
 import fineweb
-import linear
-import scoring
-import shards
-import sources
-import tasks
 import train_gpt2
-from cli import make_parser, run_main
-from device import flops_per_token, tune_malloc
-from generate import generate
-from tokenizer import END_OF_TEXT, Tokenizer, train_bpe
+from gpt2lab import kernels, scoring, shards, sources, tasks
+from gpt2lab.cli import make_parser, run_main
+from gpt2lab.device import flops_per_token, tune_malloc
+from gpt2lab.generate import generate
+from gpt2lab.tokenizer import END_OF_TEXT, Tokenizer, train_bpe
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def take_turns(contenders, rounds=3):
@@ -215,7 +211,7 @@ def our_sampler(folder, dtype):
     """A function of the number of rows that samples with sample.py, as its command line would."""
     model = train_gpt2.load_model(folder).to(dtype)
     packed = copy.deepcopy(model)
-    linear.prepack(packed)
+    kernels.prepack(packed)
 
     def run(rows):
         texts = generate(packed if rows > 1 else model, PROMPT, 50256, 50257, rows,
@@ -305,7 +301,7 @@ def bench_sample():
 
 def be_plain():
     """Undo in this process what the model does for speed and memory: it is the lecture's then."""
-    linear.ONEDNN_MIN_NUMEL = math.inf
+    kernels.ONEDNN_MIN_NUMEL = math.inf
     train_gpt2.gelu_linear = lambda x, *args: F.linear(F.gelu(x, approximate="tanh"), *args)
 
 

@@ -7,8 +7,8 @@ import os
 
 import torch
 
-from cli import UserError, env_rank
-from device import pick_device
+from gpt2lab.cli import UserError, env_rank
+from gpt2lab.device import pick_device
 
 DEMO_DATA, DEMO_TOKENIZER = "demo_data", "bpe:1536"
 RUN_PRESETS = {

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from cli import UserError
-from files import read_json, sha256
-from tokenizer import Tokenizer
+from gpt2lab.cli import UserError
+from gpt2lab.files import read_json, sha256
+from gpt2lab.tokenizer import Tokenizer
 
 FORMAT_VERSION = 1
 SPLITS = ("val", "train")

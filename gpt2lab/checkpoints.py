@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from cli import UserError, first_line
-from distributed import on_master, sum_over_ranks
-from files import write_atomically
+from gpt2lab.cli import UserError, first_line
+from gpt2lab.distributed import on_master, sum_over_ranks
+from gpt2lab.files import write_atomically
 
 CHECKPOINT_NAME = re.compile(r"model_(\d+)\.pt")
 

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from cli import UserError
+from gpt2lab.cli import UserError
 
 TEXT_SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
 CHUNK_CHARS = 1 << 18  # about 60,000 tokens of English

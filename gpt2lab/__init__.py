@@ -1,0 +1,24 @@
+"""
+What the scripts share. This package imports only itself, and importing it imports nothing else, so
+that fineweb.py stays free of torch.
+
+cli           errors in one line, flags from a dataclass
+files         writing whole files, JSON, checksums
+shards        the shard format: names, meta.json, opening and verifying a folder
+sources       where text comes from: files, Hugging Face datasets, the builtin corpus
+tokenizer     gpt2, bpe:N and spm:N behind one class
+kernels       optimize(model): the same results, faster and in less memory
+optim         Muon and 8-bit AdamW
+generate      KV cache, drawing a token, the sampling loop
+scoring       prefix trees and the losses of continuations
+tasks         HellaSwag's examples, as text and as tokens
+checkpoints   saving, finding and resuming
+pretrained    weights and tokenizers in Hugging Face's format
+runlog        log.txt and run.json, TensorBoard, wandb
+device        device, dtype, autocast, memory, seeds, MFU
+distributed   the process group, sums over ranks, naming a rank that died
+parallel      FSDP, compiling with a fallback, which options go together
+signals       SIGTERM, Ctrl-C and SIGUSR1 during training
+presets       the demo, values for known machines, batch sizes that fit
+preflight     --check
+"""
