@@ -1,5 +1,5 @@
 """
-Makes a Hugging Face folder of a checkpoint: what transformers, lm-eval and the hub read.
+Exports a checkpoint as a Hugging Face folder, which transformers, lm-eval and the hub read.
 
     python export_hf.py log my_gpt2                       # the newest checkpoint in log/
     python export_hf.py log/model_05000.pt half --dtype float16
@@ -7,7 +7,6 @@ Makes a Hugging Face folder of a checkpoint: what transformers, lm-eval and the 
 """
 
 import base64
-import contextlib
 import json
 import os
 import re
@@ -25,15 +24,16 @@ from gpt2lab.runlog import read_log
 from gpt2lab.tokenizer import (
     END_OF_TEXT,
     Tokenizer,
-    byte_level,
     byte_spelling,
     import_sentencepiece,
+    make_byte_level_bpe,
 )
 
-# the knobs of a run that say what came out of it; paths stay out of what others will read
-RECIPE = ("total_batch_size", "T", "max_steps", "optimizer", "max_lr", "min_lr", "warmup_steps",
-          "weight_decay", "beta2", "grad_clip", "shuffle", "seed", "dtype")
-# what a tokenizer's export is tried on: spaces, line breaks, digits, accents, other scripts, bytes
+# the options of a run that its model card lists. Paths of this machine are not published
+MODEL_CARD_KEYS = ("total_batch_size", "T", "max_steps", "optimizer", "max_lr", "min_lr",
+                   "warmup_steps", "weight_decay", "beta2", "grad_clip", "shuffle", "seed", "dtype")
+# the text on which an exported tokenizer must agree with ours: spaces, line breaks, digits,
+# accents, other scripts, bytes
 PROBE = ("Hello,  I'm\ta café—naïve!\n\n  x = [1234.5] ﬁ Ａ e\u0301 "
          "他說：「你好」。 Привет 안녕 🙂\x00 end ")
 
@@ -41,13 +41,17 @@ PROBE = ("Hello,  I'm\ta café—naïve!\n\n  x = [1234.5] ﬁ Ａ e\u0301 "
 # the model
 
 
-def hf_config(shape, eot, dtype):
-    """config.json as a dict, for a `shape` with the fields of GPTConfig."""
+def hf_config(model_config, eot, dtype):
+    """
+    The content of config.json. model_config is a dict with the fields of GPTConfig, eot the id of
+    end-of-text, dtype a name such as "float32".
+    """
     return {
         "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2",
-        "vocab_size": shape["vocab_size"], "n_positions": shape["block_size"],
-        "n_embd": shape["n_embd"], "n_layer": shape["n_layer"], "n_head": shape["n_head"],
-        "n_inner": None, "activation_function": "gelu_new",  # the tanh form
+        "vocab_size": model_config["vocab_size"], "n_positions": model_config["block_size"],
+        "n_embd": model_config["n_embd"], "n_layer": model_config["n_layer"],
+        "n_head": model_config["n_head"], "n_inner": None,
+        "activation_function": "gelu_new",  # the tanh form
         "layer_norm_epsilon": 1e-5, "initializer_range": 0.02, "scale_attn_weights": True,
         "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0, "tie_word_embeddings": True,
         "bos_token_id": eot, "eos_token_id": eot, "use_cache": True, "dtype": dtype}
@@ -55,15 +59,15 @@ def hf_config(shape, eot, dtype):
 
 def hf_weights(state, vocab_size, dtype):
     """
-    The tensors of model.safetensors, {name: tensor}, from GPT.state_dict(). Raises UserError if
-    `dtype`, a torch dtype, does not hold them.
+    The tensors of model.safetensors, {name: tensor} in `dtype`, from GPT.state_dict(). Raises
+    UserError for a value that is not finite, for example because it is too large for float16.
     """
     weights = {}
     for name, tensor in state.items():
         if name == "lm_head.weight":
             continue  # the same matrix as wte
         if name == "transformer.wte.weight":
-            tensor = tensor[:vocab_size]  # the other rows only fill the matrix up
+            tensor = tensor[:vocab_size]  # the other rows are padding
         tensor = tensor.t() if name.endswith(TRANSPOSED) else tensor
         weights[name] = tensor.to(dtype).contiguous()
         if not weights[name].isfinite().all():
@@ -78,17 +82,17 @@ def hf_weights(state, vocab_size, dtype):
 
 def tokenizer_files(tokenizer, block_size):
     """
-    {file name: bytes} from which AutoTokenizer makes the same tokenizer; without tokenizer.json
-    where Hugging Face's format cannot express it.
+    {file name: bytes} from which AutoTokenizer builds the same tokenizer. If Hugging Face's format
+    cannot express the tokenizer, prints a warning and leaves out tokenizer.json.
     """
     import tokenizers
     files = {}
     if tokenizer.model is None:
-        text = gpt2_json(tokenizer)
+        text = gpt2_tokenizer_json(tokenizer)
     elif tokenizer.model.startswith("{"):
         text = tokenizer.model
     else:
-        text = spm_json(tokenizer)
+        text = spm_tokenizer_json(tokenizer)
         files["tokenizer.model"] = base64.b64decode(tokenizer.model)
     if tokenizers.Tokenizer.from_str(text).encode(PROBE).ids != tokenizer.encode(PROBE):
         print(f"warning: Hugging Face's tokenizers cannot do what the tokenizer {tokenizer.spec} "
@@ -96,35 +100,41 @@ def tokenizer_files(tokenizer, block_size):
         return files
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": block_size,
               "bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "pad_token": END_OF_TEXT,
-              "clean_up_tokenization_spaces": False}  # "a ." stays as it is
+              "clean_up_tokenization_spaces": False}  # would decode "a ." as "a."
     files["tokenizer.json"] = text.encode("utf-8")
     files["tokenizer_config.json"] = json_bytes(config)
     return files
 
 
-def gpt2_json(tokenizer):
-    """tokenizer.json of the gpt2 tokenizer. Its merges follow from the order of its tokens."""
+def gpt2_tokenizer_json(tokenizer):
+    """
+    The text of tokenizer.json for the gpt2 tokenizer. The ids of tokens are in the order of the
+    merges that made them. To find the merge of a token, merge its bytes as the tokenizer does,
+    lowest id first, until two parts are left.
+    """
     from tokenizers import models
     ids = {tokenizer.decode_bytes([i]): i for i in range(tokenizer.eot)}
     spelling = byte_spelling()
-    spell = {token: "".join(spelling[byte] for byte in token) for token in ids}
+    spelled = {token: "".join(spelling[byte] for byte in token) for token in ids}
     merges = []
-    for token in ids:  # in the order in which they were learned
+    for token in ids:
         parts = [bytes([byte]) for byte in token]
         while len(parts) > 2:
-            place = min(range(len(parts) - 1),
-                        key=lambda i: ids.get(parts[i] + parts[i + 1], len(ids)))
-            parts[place:place + 2] = [parts[place] + parts[place + 1]]
-        merges += [(spell[a], spell[b]) for a, b in pairwise(parts)]
-    bpe = byte_level(models.BPE({spell[token]: i for token, i in ids.items()}, merges))
+            pair_ids = [ids.get(a + b, len(ids)) for a, b in pairwise(parts)]
+            first = pair_ids.index(min(pair_ids))
+            parts[first:first + 2] = [parts[first] + parts[first + 1]]
+        if len(parts) == 2:  # one part is a single byte, which no merge has made
+            merges.append((spelled[parts[0]], spelled[parts[1]]))
+    bpe = make_byte_level_bpe(models.BPE({spelled[token]: i for token, i in ids.items()}, merges))
     bpe.add_special_tokens([END_OF_TEXT])
     return bpe.to_str()
 
 
-def spm_json(tokenizer):
+def spm_tokenizer_json(tokenizer):
     """
-    tokenizer.json of a SentencePiece model as spm:N trains it: unigram, with byte pieces. Where
-    two segmentations are equally likely, as in a row of asterisks, it may choose the other one.
+    The text of tokenizer.json for a SentencePiece model as spm:N trains it: unigram, with byte
+    pieces. If two segmentations are equally likely, as in a row of asterisks, Hugging Face's
+    tokenizer may choose another one than SentencePiece does.
     """
     from tokenizers import Regex, decoders, models, normalizers
     from tokenizers import Tokenizer as HFTokenizer
@@ -143,80 +153,100 @@ def spm_json(tokenizer):
 # the model card
 
 
-def last_part(name):
-    """A path without its folders, which are nobody's business; hub names stay whole."""
+def public_name(name):
+    """The name of a file or folder without its path, which is private. Hub names stay complete."""
     on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists()
     return name if on_hub else re.split(r"[\\/]", name.rstrip("\\/"))[-1]
 
 
-def describe_data(config):
-    """(lines of the card, hub data sets) for the data that a run was trained on, if still there."""
-    data_dir = config.get("data_dir", "")
-    meta = read_json(path) if (path := Path(data_dir) / "meta.json").is_file() else {}
-    sources = [last_part(source) for source in meta.get("recipe", {}).get("source", ())]
-    lines = [f"Trained on `{', '.join(sources) or last_part(data_dir)}`."]
+def data_lines(meta, data_dir):
+    """Lines of the card that describe the data in `data_dir`; meta is its meta.json, or {}."""
+    sources = ", ".join(source_names(meta)) or public_name(data_dir)
+    lines = [f"Trained on `{sources}`."]
     if "splits" in meta:
         train, val = meta["splits"]["train"], meta["splits"]["val"]
         lines.append(f"{train['tokens']:,} tokens of {train['documents']:,} documents to train on, "
                      f"{val['tokens']:,} tokens held out.")
+    return lines
+
+
+def source_names(meta):
+    """The public names of the sources from which a folder of shards was made."""
+    return [public_name(source) for source in meta.get("recipe", {}).get("source", ())]
+
+
+def hub_datasets(meta):
+    """The hub data sets from which a folder of shards was made; [] if it was made from files."""
     on_hub = any(name.startswith("hf://") for name, _ in meta.get("inputs", ()))
-    return lines, sources if on_hub else []
+    return source_names(meta) if on_hub else []
 
 
-def describe_losses(log_dir, step):
-    """Rows of a table: the last values that log.txt in `log_dir` has for a model of `step`."""
-    with contextlib.suppress(UserError):  # a checkpoint that left its log behind
-        rows = []
-        for stream, name in (("train", "training loss (nats a token)"),
-                             ("val", "validation loss (nats a token)"),
-                             ("bits_per_byte", "validation loss (bits per byte)"),
-                             ("hella", "HellaSwag accuracy (length-normalised)")):
-            steps, values = read_log(log_dir).get(stream, ((), ()))
-            known = [(s, value) for s, value in zip(steps, values, strict=True) if s <= step]
-            if known:
-                rows.append(f"| {name} | {known[-1][1]:.4f} | {known[-1][0]:,} |")
-        return rows
-    return []
+def loss_rows(log_dir, step):
+    """
+    Rows of the card's table of losses: the last value of each measure that log.txt has up to a
+    step. [] if the folder has no log.
+    """
+    try:
+        log = read_log(log_dir)
+    except UserError:
+        return []  # the checkpoint was moved away from its log
+    rows = []
+    for stream, measure in (("train", "training loss (nats a token)"),
+                            ("val", "validation loss (nats a token)"),
+                            ("bits_per_byte", "validation loss (bits per byte)"),
+                            ("hella", "HellaSwag accuracy (length-normalised)")):
+        steps, values = log.get(stream, ((), ()))
+        known = [(at, value) for at, value in zip(steps, values, strict=True) if at <= step]
+        if known:
+            at, value = known[-1]
+            rows.append(f"| {measure} | {value:.4f} | {at:,} |")
+    return rows
 
 
 def model_card(checkpoint, path, name):
     """README.md of an export: what the model is, its losses, data and recipe."""
-    shape, step = checkpoint["model_config"], checkpoint["step"]
-    config = checkpoint.get("config", {})
-    data, datasets = describe_data(config)
-    losses = describe_losses(path.parent, step)
+    model_config, step = checkpoint["model_config"], checkpoint["step"]
+    config = checkpoint.get("config", {})  # a checkpoint of build-nanogpt has none
+    data_dir = config.get("data_dir", "")
+    meta_path = Path(data_dir) / "meta.json"
+    meta = read_json(meta_path) if meta_path.is_file() else {}  # the data may be gone by now
+    datasets, losses = hub_datasets(meta), loss_rows(path.parent, step)
     tokens = step * config.get("total_batch_size", 0)
-    start = config.get("init_from")
+    init_from = config.get("init_from")
+    origin = f"from `{public_name(init_from)}`" if init_from else "from scratch"
     front = ["library_name: transformers", "pipeline_tag: text-generation", "tags:", "- gpt2"]
-    front += ["datasets:", *(f"- {d}" for d in datasets)] if datasets else []
-    front += ["base_model: " + last_part(start)] if start and "/" in last_part(start) else []
+    if datasets:
+        front += ["datasets:", *(f"- {dataset}" for dataset in datasets)]
+    if init_from and "/" in public_name(init_from):  # a hub name
+        front.append("base_model: " + public_name(init_from))
     lines = [
         "---", *front, "---", "", f"# {name}", "",
-        f"A GPT-2 of {shape['n_layer']} layers, {shape['n_head']} heads and width "
-        f"{shape['n_embd']}, with a context of {shape['block_size']:,} tokens and a vocabulary of "
-        f"{shape['vocab_size']:,} (tokenizer `{last_part(checkpoint['tokenizer']['spec'])}`), "
-        f"trained {f'from `{last_part(start)}`' if start else 'from scratch'} by gpt2-lab: "
+        f"A GPT-2 of {model_config['n_layer']} layers, {model_config['n_head']} heads and width "
+        f"{model_config['n_embd']}, with a context of {model_config['block_size']:,} tokens and a "
+        f"vocabulary of {model_config['vocab_size']:,} (tokenizer "
+        f"`{public_name(checkpoint['tokenizer']['spec'])}`), trained {origin} by gpt2-lab: "
         f"{step:,} updates, {tokens:,} tokens.", "",
         "```python", "from transformers import pipeline", "",
-        f'pipeline("text-generation", "{name}")("Hello")', "```", "", "## Data", "", *data]
+        f'pipeline("text-generation", "{name}")("Hello")', "```", "",
+        "## Data", "", *data_lines(meta, data_dir)]
     if losses:
         lines += ["", "## Losses", "", "| measure | value | at step |", "|---|---|---|", *losses]
     lines += ["", "## Recipe", "", "| knob | value |", "|---|---|",
-              *(f"| {key} | {config[key]} |" for key in RECIPE if key in config), ""]
+              *(f"| {key} | {config[key]} |" for key in MODEL_CARD_KEYS if key in config), ""]
     return "\n".join(lines)
 
 
 # -----------------------------------------------------------------------------
-# the folder, and the hub
+# writing the folder and uploading it
 
 
 def json_bytes(value):
-    """A JSON file's content."""
+    """The content of a JSON file."""
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
 
 
 def new_folder(out):
-    """The absolute path of a folder to be made. Raises UserError if something is there."""
+    """The absolute path of the folder to write. Raises UserError unless it is empty or absent."""
     out = Path(out).resolve()
     if out.is_dir() and any(out.iterdir()):
         raise UserError(f"{out} is not empty: name another folder, or remove it")
@@ -227,19 +257,20 @@ def new_folder(out):
 
 def export(source, out, dtype="float32", name=None):
     """
-    Write the folder `out` from a checkpoint or log folder, whole or not at all; returns its path.
-    `name` is what the model card calls the model. Raises UserError for what the user can mend.
+    Write the folder `out` from a checkpoint or log folder, and return its absolute path. If
+    anything fails, no folder is left. `name` is the model's name in the model card, by default the
+    folder's. Raises UserError.
     """
     from safetensors.torch import save_file
     out, path = new_folder(out), resolve_checkpoint(source)
     if path is None:
         raise UserError(f"{source} is neither a checkpoint nor a log folder: name one")
     checkpoint = load_checkpoint(path)
-    shape, tokenizer = checkpoint["model_config"], Tokenizer(**checkpoint["tokenizer"])
-    weights = hf_weights(checkpoint["model"], shape["vocab_size"], getattr(torch, dtype))
+    model_config, tokenizer = checkpoint["model_config"], Tokenizer(**checkpoint["tokenizer"])
+    weights = hf_weights(checkpoint["model"], model_config["vocab_size"], getattr(torch, dtype))
     eot = tokenizer.eot
-    files = tokenizer_files(tokenizer, shape["block_size"])
-    files["config.json"] = json_bytes(hf_config(shape, eot, dtype))
+    files = tokenizer_files(tokenizer, model_config["block_size"])
+    files["config.json"] = json_bytes(hf_config(model_config, eot, dtype))
     files["generation_config.json"] = json_bytes(
         {"bos_token_id": eot, "eos_token_id": eot, "pad_token_id": eot})
     files["README.md"] = model_card(checkpoint, path, name or out.name).encode("utf-8")
@@ -249,62 +280,65 @@ def export(source, out, dtype="float32", name=None):
         save_file(weights, temporary / "model.safetensors", metadata={"format": "pt"})
         for file_name, content in files.items():
             (temporary / file_name).write_bytes(content)
-        # safetensors lets nobody else read what it writes
+        # safetensors makes its file readable by its owner only
         shutil.copymode(temporary / "config.json", temporary / "model.safetensors")
         if out.is_dir():
-            out.rmdir()  # empty, but Windows renames onto nothing
+            out.rmdir()  # it is empty; Windows cannot rename onto an existing folder
         temporary.rename(out)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # there only if something failed
+        shutil.rmtree(temporary, ignore_errors=True)  # exists only if something has failed
     return out
 
 
-def check_repo(name):
-    """Raise UserError unless `name` is a repository as the hub names them."""
+def check_repo_name(name):
+    """Raise UserError unless `name` has the form USER/NAME of a hub repository."""
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise UserError(f"--push_to_hub {name} is no name of a repository: give USER/NAME")
+        raise UserError(f"--push_to_hub {name} is not the name of a repository: give USER/NAME")
 
 
-def push(folder, name, private):
-    """Upload a folder to the hub repository `name`, made if missing; returns its address."""
+def push_to_hub(folder, name, private):
+    """
+    Upload a folder to the hub repository `name`, which is created if it does not exist. Returns the
+    repository's URL. Raises UserError if the upload fails; the folder stays.
+    """
     from huggingface_hub import create_repo, upload_folder
     try:
         url = create_repo(name, private=private or None, exist_ok=True)
         upload_folder(repo_id=name, folder_path=folder, commit_message="Upload by gpt2-lab")
         return str(url)
-    except Exception as error:  # the library's own, its HTTP client's and the system's
+    except Exception as error:  # of the library, of its HTTP client or of the system
         raise UserError(
             f"{folder} is complete, but {name} could not be uploaded ({error}): log in with "
-            f"hf auth login or set HF_TOKEN, check the network, and give: hf upload "
+            f"hf auth login or set HF_TOKEN, check the network, and run: hf upload "
             f"{'--private ' if private else ''}{name} {folder}") from error
 
 
 def parse_args():
-    """The flags. Raises UserError for those that do not go together."""
+    """Parse the command line. Raises UserError for a bad repository name or a lone --private."""
     parser = make_parser(__doc__)
-    parser.add_argument("source", help="a checkpoint, or a log folder: its newest one")
-    parser.add_argument("out", help="the folder to make")
+    parser.add_argument("source", help="a checkpoint, or a log folder for its newest checkpoint")
+    parser.add_argument("out", help="the folder to write")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32",
-                        help="of the weights (%(default)s)")
+                        help="number format of the weights (%(default)s)")
     parser.add_argument("--push_to_hub", metavar="USER/NAME",
-                        help="upload the folder to this repository, made if missing")
-    parser.add_argument("--private", action="store_true", help="make the repository private")
+                        help="upload the folder to this hub repository, and create it if needed")
+    parser.add_argument("--private", action="store_true", help="create a private repository")
     args = parser.parse_args()
     if args.push_to_hub:
-        check_repo(args.push_to_hub)
+        check_repo_name(args.push_to_hub)
     elif args.private:
-        raise UserError("--private is about the repository of --push_to_hub: give that, too")
+        raise UserError("--private is about the repository of --push_to_hub: give both flags")
     return args
 
 
 def main():
-    """The command line: export, then upload if it is asked for."""
+    """Export as the command line says, and upload the folder if --push_to_hub is given."""
     args = parse_args()
     out = export(args.source, args.out, args.dtype, args.push_to_hub)
     size = sum(path.stat().st_size for path in out.iterdir())
     print(f"{out}: {len(list(out.iterdir()))} files, {size / 1e6:.1f} MB")
     if args.push_to_hub:
-        print(f"uploaded to {push(out, args.push_to_hub, args.private)}")
+        print(f"uploaded to {push_to_hub(out, args.push_to_hub, args.private)}")
 
 
 if __name__ == "__main__":

@@ -1,27 +1,27 @@
 """
-Turns text into token shards that train_gpt2.py reads; owns the shard format.
+Turns text into the token shards that train_gpt2.py reads.
 
     python fineweb.py                                        # FineWeb-EDU sample-10BT, gpt2 tokens
-    python fineweb.py --max_tokens 10M --out trial           # a trial of it
+    python fineweb.py --max_tokens 10M --out trial           # a small part of it
     python fineweb.py --source a.txt b.jsonl.gz folder/ --tokenizer bpe:8192 --out my_data
     python fineweb.py --source builtin --tokenizer bpe:1536 --out demo_data   # offline, 2 MB
     torchrun --nproc_per_node=4 fineweb.py                   # four processes share the files
-    python fineweb.py --verify my_data                       # is the folder whole?
+    python fineweb.py --verify my_data                       # is the folder complete and undamaged?
 
-A folder of shards holds edufineweb_val_000000.npy and edufineweb_train_000001.npy onwards (1-D,
-uint16 or uint32, each document preceded by the end-of-text token) and, written last, meta.json.
-Stop it at any moment and start it again: it goes on behind the last finished shard, and the folder
-ends up the same, byte for byte. This module never imports torch.
+A folder of shards holds edufineweb_val_000000.npy, edufineweb_train_000001.npy and so on: 1-D
+uint16 or uint32, each document preceded by the end-of-text token. meta.json describes the folder
+and is written last. Stop fineweb.py at any moment and start it again: it continues after the last
+finished shard, and the folder ends up the same, byte for byte. This module never imports torch.
 """
 
 import argparse
 import contextlib
-import math
 import os
 import re
 import shutil
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,176 +29,172 @@ import numpy as np
 from tqdm import tqdm
 
 from gpt2lab import sources
-from gpt2lab.cli import UserError, env_rank, make_parser, run_main
+from gpt2lab.cli import UserError, env_rank, list_differences, make_parser, run_main
 from gpt2lab.files import read_json, sha256, write_atomically, write_json
 from gpt2lab.shards import (
+    FIRST_INDEX,
     FORMAT_VERSION,
     SPLITS,
-    describe_head,
-    describe_totals,
     find_shards,
+    format_totals,
+    head_checksum,
     print_stats,
     read_meta,
     shard_name,
+    token_dtype,
     verify,
 )
 from gpt2lab.sources import Input, RowCounter
-from gpt2lab.tokenizer import check_spec, make_tokenizer
+from gpt2lab.tokenizer import Tokenizer, check_spec, make_tokenizer
 
 SAMPLE_BYTES = 100_000_000  # a trained tokenizer learns from at most this much text
 KEPT_BYTES = 100_000_000  # a corpus up to this size is read once, and stays in memory
-GROUP_CHARS = 1 << 18  # text that a tokenizer thread is handed at once
+GROUP_CHARS = 1 << 18  # how much text a tokenizer thread gets at a time
 BYTES_PER_TOKEN = 4  # a rough figure for English, used only to tell small corpora from large ones
+COMPRESSION = 4  # compressed text may be this many times as long as its file
+PROGRESS_TOKENS = 500_000  # the progress bar moves at least this often
 
 
 # -----------------------------------------------------------------------------
-# the shard format, reading side
-
-
-# -----------------------------------------------------------------------------
-# the shard format, writing side
+# text in chunks
 
 
 class TextChunk(NamedTuple):
-    """Some text of one document, where it was read, and the split it is for (None: by place)."""
+    """
+    A chunk of a document's text with its position in the input. In a large corpus, split is None,
+    because the order decides: the first val_size tokens become val.
+    """
 
     text: str
-    starts: bool  # whether it is the first of its document
+    starts_document: bool
     split: str | None
-    file: int
-    number: int  # in its file
-    size: int  # of the text in UTF-8 bytes
-    tokens: np.ndarray | None = None  # of the text, once they are known
+    file: int  # index of the input
+    number: int  # of the chunk in its input
+    num_bytes: int  # of the text in UTF-8
+    tokens: np.ndarray | None = None  # token ids of the text, if they are known already
 
 
-class ShardWriter:
+def split_by_bytes(chunks: Iterable[TextChunk], train_bytes: int) -> Iterator[TextChunk]:
     """
-    Cuts the token stream of one process into shards, and writes each with the state from which to
-    go on behind it: "next", the [file, piece, tokens of it] to read first, and what is done so far.
+    Label the first `train_bytes` bytes of a small corpus train and the rest val. The cut is after a
+    line break if there is one. After the cut, val starts a new document.
+    """
+    left, split = train_bytes, "train"
+    for chunk in chunks:
+        if split == "train" and chunk.num_bytes > left:
+            data, chunk = chunk.text.encode("utf-8"), chunk._replace(tokens=None)
+            head = data[:data.rfind(b"\n", 0, left) + 1]
+            if not head:  # no line break: cut between two characters
+                head = data[:left].decode("utf-8", errors="ignore").encode("utf-8")
+            if head:
+                yield chunk._replace(text=head.decode("utf-8"), split="train", num_bytes=len(head))
+            tail = data[len(head):]
+            chunk = chunk._replace(
+                text=tail.decode("utf-8"), starts_document=True, num_bytes=len(tail))
+            split = "val"
+        left -= chunk.num_bytes
+        yield chunk._replace(split=split)
 
-    The first `val_size` tokens go to val unless pieces say their split. `max_tokens` ends it.
+
+class Corpus:
+    """
+    The text of all inputs, in order. A small corpus is cut into train and val by bytes, and a very
+    small one is kept in memory.
     """
 
-    def __init__(self, out_dir, tokenizer, state, state_file, val_size, shard_size, max_tokens,
-                 prefix):
-        self.out_dir, self.tokenizer, self.prefix = out_dir, tokenizer, prefix
-        self.state, self.state_file = state, state_file
-        self.val_size, self.shard_size, self.max_tokens = val_size, shard_size, max_tokens
-        self.dtype = np.uint16 if tokenizer.vocab_size <= 65_535 else np.uint32
-        self.buffer, self.filled, self.split = None, 0, None
-        self.total = sum(t["tokens"] for t in state["totals"].values())
+    def __init__(self, inputs: Sequence[Input], text_column: str, download_dir: Path | None,
+                 prefetch: bool) -> None:
+        self.inputs, self.text_column = inputs, text_column
+        self.download_dir, self.prefetch = download_dir, prefetch
+        self.train_bytes: int | None = None  # of a small corpus: how many bytes in front are train
+        # of a very small corpus: all chunks, the row counts, and the messages about bad rows
+        self.kept_chunks: list[TextChunk] = []
+        self.kept_counts: dict[str, list[int]] = {}
+        self.kept_messages: list[str] = []
 
-    @property
-    def full(self):
-        """Whether max_tokens are there."""
-        return self.max_tokens is not None and self.total >= self.max_tokens
+    def chunks(self, indices: Sequence[int] | None = None, first: Sequence[int] = (0, 0),
+               counter: RowCounter | None = None,
+               delete_downloads: bool = False) -> Iterator[TextChunk]:
+        """
+        Yield the chunks of the inputs that `indices` lists (None: all inputs), from position
+        `first`, (file, number), on. Without a `counter`, bad rows are not reported.
+        """
+        counter = counter or RowCounter(report=lambda message: None)
+        if self.kept_chunks and self.train_bytes is not None:
+            counter.counts.update(self.kept_counts)
+            for message in self.kept_messages:
+                counter.report(message)
+            return split_by_bytes(self.kept_chunks, self.train_bytes)
+        indices = range(len(self.inputs)) if indices is None else indices
+        read = sources.read_inputs(
+            self.inputs, [i for i in indices if i >= first[0]], self.text_column, counter,
+            download_dir=self.download_dir, delete_downloads=delete_downloads,
+            prefetch=self.prefetch)
+        chunks = (TextChunk(text, starts, None, file, number, len(text.encode("utf-8")))
+                  for file, number, text, starts in read
+                  if (file, number) >= tuple(first))  # earlier chunks are read and thrown away
+        return chunks if self.train_bytes is None else split_by_bytes(chunks, self.train_bytes)
 
-    def place(self, piece):
-        """(split, size) of the shard that the next token goes to."""
-        if piece.split is not None:
-            return piece.split, self.shard_size
-        left = self.val_size - self.state["totals"]["val"]["tokens"]
-        return ("val", self.filled + left) if left > 0 else ("train", self.shard_size)
+    def measure(self, limit: float, tokenizer: Tokenizer | None, num_proc: int) -> int | None:
+        """
+        The corpus's size in UTF-8 bytes, or None if it is more than `limit`. Up to KEPT_BYTES, the
+        chunks stay in memory, so that they need not be read again. If a `tokenizer` is given, they
+        are tokenized while the text is read.
+        """
+        counter = RowCounter(report=self.kept_messages.append)
+        chunks = self.chunks(counter=counter)
+        file_bytes = sum(item.size for item in self.inputs)
+        text_bytes = file_bytes * (COMPRESSION if sources.is_compressed(self.inputs) else 1)
+        if tokenizer and text_bytes <= KEPT_BYTES:
+            chunks = (chunk._replace(tokens=tokens)
+                      for chunk, tokens in tokenize(chunks, tokenizer, num_proc))
+        total, kept = 0, []
+        for chunk in chunks:
+            total += chunk.num_bytes
+            if total > limit:
+                return None
+            if total <= KEPT_BYTES:
+                kept.append(chunk)
+            else:
+                kept.clear()
+        self.kept_chunks, self.kept_counts = kept, counter.counts
+        return total
 
-    def add(self, piece, tokens):
-        """Append the tokens of a piece, and write every shard that they complete."""
-        if piece.starts:
-            tokens = np.concatenate([np.array([self.tokenizer.eot], tokens.dtype), tokens])
-        used = 0
-        if [piece.file, piece.number] == self.state["next"][:2]:
-            used = self.state["next"][2]  # these are in the last shard already
-        while used < len(tokens) and not self.full:
-            split, size = self.place(piece)
-            if split != self.split:
-                self.flush([piece.file, piece.number, used])
-                self.split, self.buffer = split, np.empty(size, self.dtype)
-            room = size - self.filled
-            if self.max_tokens is not None:
-                room = min(room, self.max_tokens - self.total)
-            part = tokens[used:used + room]
-            self.buffer[self.filled:self.filled + len(part)] = part
-            self.filled += len(part)
-            self.count(piece, part, whole=len(part) == len(tokens), first=used == 0)
-            used += len(part)
-            if self.filled == size:
-                done = used == len(tokens)
-                self.flush([piece.file, piece.number + done, 0 if done else used])
 
-    def count(self, piece, part, whole, first):
-        """Add a part of a piece to the totals of its split."""
-        totals = self.state["totals"][self.split]
-        eot = int(first and piece.starts)
-        n_bytes = piece.size if whole else len(self.tokenizer.decode_bytes(part[eot:]))
-        totals["tokens"] += len(part)
-        totals["documents"] += eot
-        totals["bytes"] += n_bytes
-        self.total += len(part)
-
-    def flush(self, position):
-        """Write the tokens at hand as a shard, then the state to go on from at `position`."""
-        if not self.filled:
+def tokenizer_sample(chunks: Iterable[TextChunk], skipped_chars: int) -> Iterator[str]:
+    """
+    Yield texts to train a tokenizer on, SAMPLE_BYTES in all. Text of val is left out; as long as
+    chunks have no split, their first `skipped_chars` characters may be val's.
+    """
+    num_bytes = 0
+    for chunk in chunks:
+        if chunk.split is None and skipped_chars > 0:
+            skipped_chars -= len(chunk.text)
+        elif chunk.split != "val" and chunk.text:
+            yield chunk.text
+            num_bytes += chunk.num_bytes
+        if num_bytes >= SAMPLE_BYTES:
             return
-        tokens = self.buffer[:self.filled]
-        index = sum(s["split"] == self.split for s in self.state["shards"])
-        name = self.prefix + shard_name(self.split, index + (self.split == "train"))
-        write_atomically(self.out_dir / name, lambda file: np.save(file, tokens))
-        self.state["shards"].append({
-            "name": name, "split": self.split, "tokens": len(tokens),
-            "head": describe_head(tokens), "sha256": sha256(tokens)})
-        self.state["next"] = position
-        self.filled = 0
-        write_json(self.state_file, self.state)
 
 
 # -----------------------------------------------------------------------------
-# from text to shards
+# from chunks to shards
 
 
-def split_by_bytes(pieces, train_bytes):
-    """
-    Label the first `train_bytes` bytes of a small corpus train and the rest val. The cut is at a
-    line end if there is one, and val opens a new document.
-    """
-    left, split = train_bytes, "train"
-    for piece in pieces:
-        if split == "train" and piece.size > left:
-            data, piece = piece.text.encode("utf-8"), piece._replace(tokens=None)
-            head = data[:data.rfind(b"\n", 0, left) + 1]
-            head = head or data[:left].decode("utf-8", errors="ignore").encode("utf-8")
-            if head:
-                yield piece._replace(text=head.decode("utf-8"), split="train", size=len(head))
-            piece = piece._replace(
-                text=data[len(head):].decode("utf-8"), starts=True, size=len(data) - len(head))
-            split = "val"
-        left -= piece.size
-        yield piece._replace(split=split)
-
-
-def tokenizer_sample(pieces, skip):
-    """Texts to train a tokenizer on, not val's; in unlabelled text, that is the first `skip`."""
-    taken = 0
-    for piece in pieces:
-        if piece.split is None and skip > 0:
-            skip -= len(piece.text)
-        elif piece.split != "val" and piece.text:
-            yield piece.text
-            taken += piece.size
-        if taken >= SAMPLE_BYTES:
-            return
-
-
-def tokenize(pieces, tokenizer, num_proc):
-    """Yield (piece, tokens) in the order of the pieces; threads tokenize groups of them ahead."""
+def tokenize(chunks: Iterable[TextChunk], tokenizer: Tokenizer,
+             num_proc: int) -> Iterator[tuple[TextChunk, np.ndarray]]:
+    """Yield (chunk, its token ids) in the order of the chunks. Threads tokenize groups ahead."""
+    pending: deque[tuple[list[TextChunk], Future]] = deque()
+    group, chars = [], 0
     with ThreadPoolExecutor(num_proc) as pool:
-        pending, group, chars = deque(), [], 0
-        for piece in pieces:
-            group.append(piece)
-            chars += len(piece.text)
+        for chunk in chunks:
+            group.append(chunk)
+            chars += len(chunk.text)
             if chars < GROUP_CHARS:
                 continue
             pending.append((group, pool.submit(tokenize_group, group, tokenizer)))
             group, chars = [], 0
-            if len(pending) > 2 * num_proc:  # bounds memory, and keeps every thread busy
+            if len(pending) > 2 * num_proc:  # keeps all threads busy, and limits the memory
                 done, future = pending.popleft()
                 yield from zip(done, future.result(), strict=True)
         for done, future in pending:
@@ -206,87 +202,123 @@ def tokenize(pieces, tokenizer, num_proc):
         yield from zip(group, tokenize_group(group, tokenizer), strict=True)
 
 
-def tokenize_group(group, tokenizer):
-    """The tokens of each of some pieces; of a small corpus, most are known."""
-    new = [piece.text for piece in group if piece.tokens is None]
-    encoded = iter(tokenizer.encode_batch(new) if new else ())
-    return [next(encoded) if piece.tokens is None else piece.tokens for piece in group]
+def tokenize_group(group: list[TextChunk], tokenizer: Tokenizer) -> list[np.ndarray]:
+    """Token ids of each chunk. Only the chunks whose token ids are not known yet are tokenized."""
+    new_texts = [chunk.text for chunk in group if chunk.tokens is None]
+    encoded = iter(tokenizer.encode_batch(new_texts) if new_texts else [])
+    return [next(encoded) if chunk.tokens is None else chunk.tokens for chunk in group]
 
 
-class Corpus:
-    """The text of all inputs, in order; small ones are cut into train and val by bytes."""
+class ShardWriter:
+    """
+    Cuts the token stream of one process into shards. After each shard it saves `state`, from which
+    to resume: the totals so far, and `next` = [file, chunk, tokens of that chunk already written].
 
-    def __init__(self, inputs, text_column, downloads, prefetch):
-        self.inputs, self.text_column = inputs, text_column
-        self.downloads, self.prefetch = downloads, prefetch
-        self.train_bytes = None  # of a small corpus, those in front that are train
-        self.kept = self.kept_tally = None  # of a very small one, all that was read
+    Chunks without a split go to val until val has `val_size` tokens, then to train. `max_tokens`
+    limits both splits together. `prefix` comes before the names of the shards.
+    """
 
-    def pieces(self, indices=None, first=(0, 0), tally=None, drop=False):
-        """Yield the Pieces of some inputs from position `first` (file, piece) on."""
-        tally = tally or RowCounter(quiet=True)
-        if self.kept:  # small corpora are always read from the start
-            tally.take(self.kept_tally)
-            return split_by_bytes(self.kept, self.train_bytes)
-        indices = range(len(self.inputs)) if indices is None else indices
-        read = sources.read_inputs(
-            self.inputs, [i for i in indices if i >= first[0]], self.text_column,
-            tally, self.downloads, drop, self.prefetch)
-        pieces = (TextChunk(text, starts, None, file, number, len(text.encode("utf-8")))
-                  for file, number, text, starts in read
-                  if (file, number) >= tuple(first))  # those before are read, but not tokenized
-        return pieces if self.train_bytes is None else split_by_bytes(pieces, self.train_bytes)
+    def __init__(self, out_dir: Path, tokenizer: Tokenizer, state: dict, state_file: Path, *,
+                 val_size: int, shard_size: int, max_tokens: int | None, prefix: str) -> None:
+        self.out_dir, self.tokenizer, self.prefix = out_dir, tokenizer, prefix
+        self.state, self.state_file = state, state_file
+        self.val_size, self.shard_size, self.max_tokens = val_size, shard_size, max_tokens
+        self.dtype = token_dtype(tokenizer.vocab_size)
+        self.resumed_from = tuple(state["next"])
+        self.split = ""  # of the shard in the buffer
+        self.buffer, self.filled = np.empty(0, self.dtype), 0
+        self.total = self.sum_totals("tokens")
 
-    def measure(self, limit, val_fraction, tokenizer, num_proc):
+    @property
+    def full(self) -> bool:
+        """Whether there are `max_tokens` tokens."""
+        return self.max_tokens is not None and self.total >= self.max_tokens
+
+    def sum_totals(self, key: str) -> int:
+        """Number of "tokens", "documents" or "bytes" so far, both splits together."""
+        return sum(totals[key] for totals in self.state["totals"].values())
+
+    def split_and_size(self, chunk: TextChunk) -> tuple[str, int]:
+        """(split, number of tokens) of the shard that the chunk's next token goes to."""
+        if chunk.split is not None:
+            return chunk.split, self.shard_size
+        left = self.val_size - self.state["totals"]["val"]["tokens"]
+        return ("val", self.filled + left) if left > 0 else ("train", self.shard_size)
+
+    def add(self, chunk: TextChunk, tokens: np.ndarray) -> None:
+        """Append the token ids of a chunk, and write every shard that they fill."""
+        if chunk.starts_document:
+            tokens = np.concatenate([np.array([self.tokenizer.eot], tokens.dtype), tokens])
+        file, number, written = self.resumed_from
+        used = written if (chunk.file, chunk.number) == (file, number) else 0
+        while used < len(tokens) and not self.full:
+            split, size = self.split_and_size(chunk)
+            if split != self.split:
+                self.flush([chunk.file, chunk.number, used])
+                self.split, self.buffer = split, np.empty(size, self.dtype)
+            room = size - self.filled
+            if self.max_tokens is not None:
+                room = min(room, self.max_tokens - self.total)
+            part = tokens[used:used + room]
+            self.buffer[self.filled:self.filled + len(part)] = part
+            self.filled += len(part)
+            self.add_to_totals(chunk, part, whole=len(part) == len(tokens), first=used == 0)
+            used += len(part)
+            if self.filled == size:
+                chunk_done = used == len(tokens)
+                self.flush([chunk.file, chunk.number + 1, 0] if chunk_done
+                           else [chunk.file, chunk.number, used])
+
+    def add_to_totals(self, chunk: TextChunk, part: np.ndarray, whole: bool, first: bool) -> None:
         """
-        Whether the text is at most `limit` bytes; if so, it will be split by bytes. What is going
-        to be kept is tokenized meanwhile, if there is a `tokenizer` yet.
+        Add a part of a chunk to the totals of its split. `whole`: the part is the whole chunk.
+        `first`: the chunk begins with it.
         """
-        if sources.is_on_hub(self.inputs):
-            return False
-        total, kept, tally = 0, [], RowCounter(quiet=True)
-        pieces = self.pieces(tally=tally)
-        # compressed text may well be four times as long
-        times = 4 if self.inputs[0].name.endswith((".gz", ".parquet")) else 1
-        if tokenizer and times * sum(item.size for item in self.inputs) <= KEPT_BYTES:
-            pieces = (piece._replace(tokens=tokens)
-                      for piece, tokens in tokenize(pieces, tokenizer, num_proc))
-        for piece in pieces:
-            total += piece.size
-            if total > limit:
-                return False
-            if total <= KEPT_BYTES:
-                kept.append(piece)
-            else:
-                kept.clear()
-        if total == 0:
-            raise UserError("the source holds no text")
-        self.train_bytes = int(total * (1 - val_fraction))
-        self.kept, self.kept_tally = kept, tally
-        return True
+        totals = self.state["totals"][self.split]
+        eot = int(first and chunk.starts_document)
+        num_bytes = chunk.num_bytes if whole else len(self.tokenizer.decode_bytes(part[eot:]))
+        totals["tokens"] += len(part)
+        totals["documents"] += eot
+        totals["bytes"] += num_bytes
+        self.total += len(part)
+
+    def flush(self, position: list[int]) -> None:
+        """Write the tokens in the buffer as a shard, then the state to resume at `position`."""
+        if not self.filled:
+            return
+        tokens = self.buffer[:self.filled]
+        index = sum(shard["split"] == self.split for shard in self.state["shards"])
+        name = self.prefix + shard_name(self.split, FIRST_INDEX[self.split] + index)
+        write_atomically(self.out_dir / name, lambda file: np.save(file, tokens))
+        self.state["shards"].append({
+            "name": name, "split": self.split, "tokens": len(tokens),
+            "head": head_checksum(tokens), "sha256": sha256(tokens)})
+        self.state["next"] = position
+        self.filled = 0
+        write_json(self.state_file, self.state)
 
 
-def write_shards(pieces, tokenizer, writer, inputs, num_proc):
-    """Tokenize the pieces into the writer, and show the progress."""
-    size = sum(item.size for item in inputs)
-    compressed = inputs[0].name.endswith((".gz", ".parquet"))
-    bytes_per_size = 2.0 if compressed else 1.0  # a guess, until the first file is done
-    options = dict(unit="tok", unit_scale=True, initial=writer.total, total=writer.max_tokens)
+def write_shards(chunks: Iterable[TextChunk], tokenizer: Tokenizer, writer: ShardWriter,
+                 inputs: Sequence[Input], num_proc: int) -> None:
+    """Tokenize the chunks, write them as shards, and show a progress bar on stderr."""
+    sizes = [item.size for item in inputs]
+    text_per_size = 2.0 if sources.is_compressed(inputs) else 1.0  # a guess for the first file
     file = None
+    options = dict(unit="tok", unit_scale=True, initial=writer.total, total=writer.max_tokens)
     with tqdm(**options) as progress:  # closed before an error is printed
-        for piece, tokens in tokenize(pieces, tokenizer, num_proc):
-            writer.add(piece, tokens)
+        for chunk, tokens in tokenize(chunks, tokenizer, num_proc):
+            writer.add(chunk, tokens)
             if writer.full:
                 break
-            if piece.file == file and writer.total - progress.n < 500_000:
+            if chunk.file == file and writer.total - progress.n < PROGRESS_TOKENS:
                 continue
-            totals = writer.state["totals"].values()
-            n_bytes, documents = (sum(t[key] for t in totals) for key in ("bytes", "documents"))
-            if piece.file != file and piece.file > 0:
-                bytes_per_size = n_bytes / sum(item.size for item in inputs[:piece.file])
-            if writer.max_tokens is None:  # an estimate, for the time left
-                progress.total = int(writer.total * size * bytes_per_size / max(n_bytes, 1))
-            file = piece.file
+            num_bytes, documents = writer.sum_totals("bytes"), writer.sum_totals("documents")
+            if chunk.file != file and sum(sizes[:chunk.file]) > 0:
+                text_per_size = num_bytes / sum(sizes[:chunk.file])
+            if writer.max_tokens is None:  # an estimate, from which tqdm tells the time left
+                tokens_per_byte = writer.total / max(num_bytes, 1)
+                progress.total = int(sum(sizes) * text_per_size * tokens_per_byte)
+            file = chunk.file
             progress.update(writer.total - progress.n)
             progress.set_postfix_str(f"{documents:,} docs, {Path(inputs[file].name).name}")
         writer.flush([len(inputs), 0, 0])
@@ -294,138 +326,184 @@ def write_shards(pieces, tokenizer, writer, inputs, num_proc):
         progress.update(writer.total - progress.n)
 
 
-def check_arguments(recipe):
+# -----------------------------------------------------------------------------
+# a folder of shards
+
+
+def check_arguments(prepare_args: dict) -> None:
     """Raise UserError for arguments of `prepare` that cannot work."""
-    check_spec(recipe["tokenizer"])
-    if not 0 < recipe["val_fraction"] < 1:
-        raise UserError(f"--val_fraction {recipe['val_fraction']} must lie between 0 and 1")
+    check_spec(prepare_args["tokenizer"])
+    if not 0 < prepare_args["val_fraction"] < 1:
+        raise UserError(f"--val_fraction {prepare_args['val_fraction']} must lie between 0 and 1")
     for name in ("shard_size", "max_tokens"):
-        if recipe[name] is not None and recipe[name] < 2:
-            raise UserError(f"--{name} {recipe[name]} must be at least 2")
+        if prepare_args[name] is not None and prepare_args[name] < 2:
+            raise UserError(f"--{name} {prepare_args[name]} must be at least 2")
 
 
-def find_state(out_dir, recipe, state_file):
+def check_folder(out_dir: Path, prepare_args: dict) -> None:
     """
-    The state to go on from, {} for a new folder, None if it is complete. Raises UserError where
-    going on would overwrite anything else, naming the difference.
+    Raise UserError if `out_dir` holds shards that were made with other arguments or not by
+    fineweb.py.
     """
-    known = [p for p in (out_dir / "meta.json", *out_dir.glob("in_progress_*.json")) if p.is_file()]
-    for path in known:
-        found = read_json(path).get("recipe", {})
-        differing = [key for key in recipe if found.get(key) != recipe[key]]
-        if differing:
-            was = ", ".join(f"{k} {found.get(k)!r}, not {recipe[k]!r}" for k in differing)
-            raise UserError(f"{out_dir} was made with {was}: choose another --out")
-        if path.name == "meta.json":
-            return None
-    if not known and (find_shards(out_dir, "train") or find_shards(out_dir, "val")):
+    paths = [out_dir / "meta.json"]
+    if not paths[0].is_file():
+        paths = list(out_dir.glob("in_progress_*.json"))
+    for path in paths:
+        differences = list_differences(read_json(path).get("recipe", {}), prepare_args)
+        if differences:
+            raise UserError(f"{out_dir} was made with {', '.join(differences)}: choose another "
+                            "--out")
+    if not paths and (find_shards(out_dir, "train") or find_shards(out_dir, "val")):
         raise UserError(f"{out_dir} holds shards that were not made here: choose another --out")
-    return read_json(state_file) if state_file.is_file() else {}
 
 
-def find_inputs(recipe, state, out_dir):
-    """The inputs of a run, which those of a half-done folder must still be."""
-    before = [Input(*item) for item in state.get("inputs", ())]
-    if sources.is_on_hub(before):
-        return before  # pinned to the revision of the start; needs no network either
+def find_inputs(prepare_args: dict, earlier: list[Input], out_dir: Path) -> list[Input]:
+    """
+    The inputs to read. `earlier` are those of the half-done folder, [] for a new one. Raises
+    UserError if the inputs have changed since.
+    """
+    if sources.is_on_hub(earlier):
+        return earlier  # pinned to the revision of the start, and known without a network
     names = [str(sources.spool_stdin(out_dir / "downloads")) if source == "-" else source
-             for source in recipe["source"]]
-    inputs = sources.list_inputs(names, recipe["config"], recipe["split"])
-    if before and inputs != before:
-        changed = [item.name for item in sorted(set(before) ^ set(inputs))]
-        raise UserError(f"the sources have changed since {out_dir} was begun ({changed[0]}): "
+             for source in prepare_args["source"]]
+    inputs = sources.list_inputs(names, prepare_args["config"], prepare_args["split"])
+    if earlier and inputs != earlier:
+        changed = min(set(earlier) ^ set(inputs))
+        raise UserError(f"the sources have changed since {out_dir} was begun ({changed.name}): "
                         "choose another --out, or remove it and start again")
     return inputs
 
 
-def prepare(source, out, tokenizer="gpt2", config=None, split="train", text_column="text",
-            shard_size=100_000_000, val_fraction=0.1, max_tokens=None, rank=0, world_size=1,
-            num_proc=None, keep_downloads=False):
+def cut_small_corpus(corpus: Corpus, prepare_args: dict, tokenizer: Tokenizer | None,
+                     num_proc: int) -> None:
     """
-    Write the folder of shards `out` from `source`, a list as sources.list_inputs takes it; returns
-    its meta, or None while other ranks are at work. Raises UserError for what the user can mend.
+    Cut a corpus into train and val by bytes if it is too small for two shards at BYTES_PER_TOKEN.
+    With a `tokenizer`, its text is tokenized in the same pass. Raises UserError if it has no text.
+    """
+    if sources.is_on_hub(corpus.inputs):  # measuring would mean downloading all of it
+        return
+    limit = 2 * prepare_args["shard_size"] * BYTES_PER_TOKEN
+    if prepare_args["max_tokens"]:  # N bytes never give more than N tokens
+        limit = min(limit, prepare_args["max_tokens"])
+    num_bytes = corpus.measure(limit, tokenizer, num_proc)
+    if num_bytes == 0:
+        raise UserError("the source holds no text: name another --source")
+    if num_bytes is not None:
+        corpus.train_bytes = int(num_bytes * (1 - prepare_args["val_fraction"]))
 
-    The first shard of `shard_size` tokens (with `max_tokens`, at most `val_fraction` of them) is
-    val. A corpus too small for two shards, counting BYTES_PER_TOKEN, is split by text instead: its
-    last `val_fraction` of bytes is val. Ranks take every world_size-th input.
+
+def count_val_tokens(prepare_args: dict) -> int:
+    """Tokens of val in a large corpus: one shard, but at most `val_fraction` of `max_tokens`."""
+    if prepare_args["max_tokens"] is None:
+        return prepare_args["shard_size"]
+    share = int(prepare_args["max_tokens"] * prepare_args["val_fraction"])
+    return min(prepare_args["shard_size"], max(share, 1))
+
+
+def new_state(prepare_args: dict, inputs: list[Input]) -> dict:
     """
-    recipe = {"source": [str(s) for s in source], "config": config, "split": split,
-              "text_column": text_column, "tokenizer": str(tokenizer), "shard_size": shard_size,
-              "val_fraction": val_fraction, "max_tokens": max_tokens, "world_size": world_size}
-    check_arguments(recipe)
-    out_dir, num_proc = Path(out), num_proc or os.cpu_count()
-    state_file = out_dir / f"in_progress_{rank}.json"
-    state = find_state(out_dir, recipe, state_file)
-    if state is None:
+    What in_progress_{rank}.json holds before the first shard is written. Its keys must not change,
+    because folders that an earlier version began are continued.
+    """
+    totals = {split: {"tokens": 0, "documents": 0, "bytes": 0} for split in SPLITS}
+    return {"recipe": prepare_args, "inputs": inputs, "done": False, "next": [0, 0, 0], "rows": {},
+            "totals": totals, "shards": []}
+
+
+def open_corpus(inputs: list[Input], prepare_args: dict, out_dir: Path,
+                num_proc: int) -> tuple[Corpus, Tokenizer]:
+    """The corpus, cut into train and val if it is small, and its tokenizer, trained if need be."""
+    corpus = Corpus(inputs, prepare_args["text_column"], out_dir / "downloads",
+                    prefetch=prepare_args["max_tokens"] is None)
+    spec = prepare_args["tokenizer"]
+    # a tokenizer is trained after the cut, because it must not see the text of val
+    tokenizer = None if ":" in spec else make_tokenizer(spec)
+    cut_small_corpus(corpus, prepare_args, tokenizer, num_proc)
+    if tokenizer is None:
+        # val is what comes first. 1.5 times its expected length is skipped, to be on the safe side
+        val_chars = int(1.5 * BYTES_PER_TOKEN * count_val_tokens(prepare_args))
+        tokenizer = make_tokenizer(spec, lambda: tokenizer_sample(corpus.chunks(), val_chars))
+    return corpus, tokenizer
+
+
+def prepare(source: Iterable[str | Path], out: str | Path, tokenizer: str | Path = "gpt2", *,
+            config: str | None = None, split: str = "train", text_column: str = "text",
+            shard_size: int = 100_000_000, val_fraction: float = 0.1,
+            max_tokens: int | None = None, rank: int = 0, world_size: int = 1,
+            num_proc: int | None = None, keep_downloads: bool = False) -> dict | None:
+    """
+    Write the folder of shards `out` from `source`, a list as sources.list_inputs takes it. Returns
+    the dict of its meta.json, or None while other ranks are still working. Raises UserError for
+    everything that the user can fix.
+
+    The first shard of `shard_size` tokens is val; with `max_tokens`, val has at most `val_fraction`
+    of these tokens. A corpus too small for two shards is split by text instead: its last
+    `val_fraction` of bytes is val. Each rank takes every world_size-th input.
+    """
+    prepare_args = {
+        "source": [str(s) for s in source], "config": config, "split": split,
+        "text_column": text_column, "tokenizer": str(tokenizer), "shard_size": shard_size,
+        "val_fraction": val_fraction, "max_tokens": max_tokens, "world_size": world_size}
+    check_arguments(prepare_args)
+    out_dir = Path(out)
+    check_folder(out_dir, prepare_args)
+    if (out_dir / "meta.json").is_file():
         print(f"{out_dir} is complete")
         return read_meta(out_dir)
-    # measured before anything is written; tokenizers are trained after that, without val
-    inputs = find_inputs(recipe, state, out_dir)
-    corpus = Corpus(inputs, text_column, out_dir / "downloads", prefetch=max_tokens is None)
-    model = None if ":" in recipe["tokenizer"] else make_tokenizer(recipe["tokenizer"], None)
-    small = corpus.measure(min(2 * shard_size * BYTES_PER_TOKEN, max_tokens or math.inf),
-                           val_fraction, model, num_proc)
-    val_size = min(shard_size, int(max_tokens * val_fraction) or 1) if max_tokens else shard_size
-    model = model or make_tokenizer(recipe["tokenizer"], lambda: tokenizer_sample(
-        corpus.pieces(), int(1.5 * BYTES_PER_TOKEN * val_size)))  # more than val takes of it
-
-    mine = range(len(inputs))[rank::world_size]
-    if small:  # nothing to share: rank 0 does it alone, and from the start
-        mine, state, max_tokens = range(len(inputs) if rank == 0 else 0), {}, None
-    state = state or {
-        "recipe": recipe, "inputs": inputs, "done": False, "next": [0, 0, 0], "rows": {},
-        "totals": {s: {"tokens": 0, "documents": 0, "bytes": 0} for s in ("val", "train")},
-        "shards": []}
+    state_file = out_dir / f"in_progress_{rank}.json"
+    state = read_json(state_file) if state_file.is_file() else {}
+    inputs = find_inputs(prepare_args, [Input(*item) for item in state.get("inputs", [])], out_dir)
+    num_proc = num_proc or os.cpu_count() or 1
+    # local files are read here, before anything is written, so that bad files leave no folder
+    corpus, loaded_tokenizer = open_corpus(inputs, prepare_args, out_dir, num_proc)
+    if not state or corpus.train_bytes is not None:  # a small corpus is written from the start
+        state = new_state(prepare_args, inputs)
     out_dir.mkdir(parents=True, exist_ok=True)
     write_json(state_file, state)
-    if not state["done"] and mine:
+    write_share(corpus, loaded_tokenizer, prepare_args, state, state_file, rank, num_proc,
+                keep_downloads)
+    return finish_folder(out_dir, loaded_tokenizer, prepare_args, keep_downloads)
+
+
+def write_share(corpus: Corpus, tokenizer: Tokenizer, prepare_args: dict, state: dict,
+                state_file: Path, rank: int, num_proc: int, keep_downloads: bool) -> None:
+    """Write the shards of this rank's inputs, continuing from `state`, and save that it is done."""
+    world_size, max_tokens = prepare_args["world_size"], prepare_args["max_tokens"]
+    indices = range(len(corpus.inputs))[rank::world_size]
+    val_size = count_val_tokens(prepare_args) if rank == 0 else 0
+    if corpus.train_bytes is not None:  # small: rank 0 writes all of it, and its chunks have splits
+        indices = range(len(corpus.inputs) if rank == 0 else 0)
+        val_size, max_tokens = 0, None
+    if not state["done"] and indices:
         writer = ShardWriter(
-            out_dir, model, state, state_file, 0 if small or rank else val_size, shard_size,
-            max_tokens and max_tokens // world_size, f"part_{rank:04d}_" if world_size > 1 else "")
-        tally = RowCounter(state["rows"])
-        pieces = corpus.pieces(mine, state["next"][:2], tally, not keep_downloads)
-        write_shards(pieces, model, writer, inputs, num_proc)
+            state_file.parent, tokenizer, state, state_file, val_size=val_size,
+            shard_size=prepare_args["shard_size"],
+            max_tokens=None if max_tokens is None else max_tokens // world_size,
+            prefix=f"part_{rank:04d}_" if world_size > 1 else "")
+        chunks = corpus.chunks(indices, state["next"][:2], RowCounter(state["rows"]),
+                               delete_downloads=not keep_downloads)
+        write_shards(chunks, tokenizer, writer, corpus.inputs, num_proc)
     state["done"] = True
     write_json(state_file, state)
-    return finish(out_dir, model, recipe, keep_downloads)
 
 
-def finish(out_dir, tokenizer, recipe, keep_downloads):
+def finish_folder(out_dir: Path, tokenizer: Tokenizer, prepare_args: dict,
+                  keep_downloads: bool) -> dict | None:
     """
-    Where all ranks are done, give the shards their final names and write meta.json; returns it, or
-    None if some are not. Ranks may come here together: every act can be done twice.
+    If all ranks are done, rename their shards, write meta.json and return it; otherwise return
+    None. Several ranks may do this at the same time, so every step can be repeated without harm.
     """
-    paths = [out_dir / f"in_progress_{rank}.json" for rank in range(recipe["world_size"])]
+    paths = [out_dir / f"in_progress_{rank}.json" for rank in range(prepare_args["world_size"])]
     states = [read_json(path) for path in paths if path.is_file()]
     if (out_dir / "meta.json").is_file():
         return read_meta(out_dir)
     if len(states) < len(paths) or not all(state["done"] for state in states):
-        print(f"{out_dir}: this share is done, {len(paths)} are to be")
+        print(f"{out_dir}: this process is done; the last one of {len(paths)} finishes the folder")
         return None
-    shards = []
-    for split, first in (("val", 0), ("train", 1)):
-        found = [s for state in states for s in state["shards"] if s["split"] == split]
-        for index, shard in enumerate(found, first):
-            name = shard_name(split, index)
-            with contextlib.suppress(FileNotFoundError):  # another rank was faster
-                os.replace(out_dir / shard["name"], out_dir / name)  # onto itself, if it is alone
-            shards.append({**shard, "name": name})
-    # the last input may have been read ahead of max_tokens: count those before it
-    rows = [count for state in states for index, count in state["rows"].items()
-            if int(index) < state["next"][0]]
-    meta = {
-        "format_version": FORMAT_VERSION, "tokenizer": tokenizer.spec,
-        "vocab_size": tokenizer.vocab_size, "eot": tokenizer.eot,
-        "dtype": "uint16" if tokenizer.vocab_size <= 65_535 else "uint32",
-        "splits": {split: {key: sum(state["totals"][split][key] for state in states)
-                           for key in ("tokens", "documents", "bytes")} for split in SPLITS},
-        "rows_read": sum(r for r, _ in rows), "rows_skipped": sum(bad for _, bad in rows),
-        "recipe": recipe, "inputs": states[0]["inputs"], "shards": shards}
+    meta = make_meta(tokenizer, prepare_args, states, rename_shards(out_dir, states))
     if tokenizer.model:
-        data = tokenizer.model.encode("utf-8")
-        meta["tokenizer_file"] = "tokenizer.json" if data[:1] == b"{" else "tokenizer.spm"
-        meta["tokenizer_sha256"] = sha256(data)
-        write_atomically(out_dir / meta["tokenizer_file"], lambda file: file.write(data))
+        model = tokenizer.model.encode("utf-8")
+        write_atomically(out_dir / meta["tokenizer_file"], lambda file: file.write(model))
     write_json(out_dir / "meta.json", meta)
     for path in paths:
         path.unlink(missing_ok=True)
@@ -434,47 +512,80 @@ def finish(out_dir, tokenizer, recipe, keep_downloads):
     return meta
 
 
-# -----------------------------------------------------------------------------
-# a look at a folder
+def rename_shards(out_dir: Path, states: list[dict]) -> list[dict]:
+    """Number the shards of all ranks, give them their final names, and return their entries."""
+    renamed = []
+    for split in SPLITS:
+        entries = [e for state in states for e in state["shards"] if e["split"] == split]
+        for index, entry in enumerate(entries, FIRST_INDEX[split]):
+            name = shard_name(split, index)
+            with contextlib.suppress(FileNotFoundError):  # another rank has renamed it already
+                os.replace(out_dir / entry["name"], out_dir / name)
+            renamed.append({**entry, "name": name})
+    return renamed
+
+
+def make_meta(tokenizer: Tokenizer, prepare_args: dict, states: list[dict],
+              shards: list[dict]) -> dict:
+    """The dict of meta.json, from the states of all ranks and the entries of all shards."""
+    totals = {split: {key: sum(state["totals"][split][key] for state in states)
+                      for key in ("tokens", "documents", "bytes")} for split in SPLITS}
+    # with max_tokens, the last input may have been read ahead: count the rows of those before it
+    rows = [counts for state in states for index, counts in state["rows"].items()
+            if int(index) < state["next"][0]]
+    meta = {
+        "format_version": FORMAT_VERSION, "tokenizer": tokenizer.spec,
+        "vocab_size": tokenizer.vocab_size, "eot": tokenizer.eot,
+        "dtype": token_dtype(tokenizer.vocab_size).name, "splits": totals,
+        "rows_read": sum(num_rows for num_rows, _ in rows),
+        "rows_skipped": sum(num_bad for _, num_bad in rows),
+        "recipe": prepare_args, "inputs": states[0]["inputs"], "shards": shards}
+    if tokenizer.model:
+        is_json = tokenizer.model.startswith("{")
+        meta["tokenizer_file"] = "tokenizer.json" if is_json else "tokenizer.spm"
+        meta["tokenizer_sha256"] = sha256(tokenizer.model.encode("utf-8"))
+    return meta
 
 
 # -----------------------------------------------------------------------------
 # the command line
 
 
-def parse_count(text):
+def parse_count(text: str) -> int:
     """A number like 10000, 10K, 2.5M or 1B as an int."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMB]?)", text.upper())
     if not match:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number like 10000, 10K, 2.5M or 1B")
-    return int(float(match.group(1)) * {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}[match.group(2)])
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a number like 10000, 10K, 2.5M or 1B")
+    number, unit = match.groups()
+    return int(float(number) * {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}[unit])
 
 
-def parse_args():
-    """The command line of this script."""
+def parse_args() -> argparse.Namespace:
+    """The arguments of the command line. Raises UserError for those that cannot work."""
     parser = make_parser(__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add = parser.add_argument
     add("--source", nargs="+", default=["HuggingFaceFW/fineweb-edu"],
         help="files, folders, - for standard input, 'builtin', or Hugging Face datasets")
-    add("--config", help="configuration of a hub dataset (fineweb-edu: sample-10BT)")
-    add("--split", default="train", help="split of a hub dataset to read (%(default)s)")
-    add("--text_column", default="text", help="column or field that holds the text")
+    add("--config", help="configuration of a Hugging Face dataset (fineweb-edu: sample-10BT)")
+    add("--split", default="train", help="split of a Hugging Face dataset to read (%(default)s)")
+    add("--text_column", default="text", help="column or field that holds the text (%(default)s)")
     add("--tokenizer", default="gpt2",
-        help="gpt2, bpe:N or spm:N to train one, or the path of a trained one")
+        help="gpt2, bpe:N or spm:N to train one, or the path of a trained one (%(default)s)")
     add("--out", default="edu_fineweb10B", help="folder to write to (%(default)s)")
     add("--shard_size", type=parse_count, default=10**8, help="tokens in a shard (100M)")
     add("--max_tokens", type=parse_count, help="stop after so many tokens, for example 10M")
     add("--val_fraction", type=float, default=0.1,
         help="share of a small corpus, or of --max_tokens, that becomes val (%(default)s)")
-    add("--num_proc", type=int, help="tokenizer threads (all cores)")
+    add("--num_proc", type=int, help="tokenizer threads (one per core)")
     add("--rank", type=int, default=env_rank(),
-        help="which share of the inputs is ours (torchrun sets it)")
+        help="number of this process, from 0 (torchrun sets it)")
     add("--world_size", type=int, default=int(os.environ.get("WORLD_SIZE", 1)),
-        help="how many processes share the inputs (torchrun sets it)")
+        help="how many processes share the files (torchrun sets it)")
     add("--keep_downloads", action="store_true",
-        help="keep downloaded files in OUT/downloads; else at most two lie there at a time")
-    add("--verify", metavar="DIR", help="check a folder of shards, and do nothing else")
-    add("--stats", metavar="DIR", help="describe a folder of shards, and do nothing else")
+        help="keep downloaded files in OUT/downloads, not only two at a time")
+    add("--verify", metavar="DIR", help="only check a folder of shards")
+    add("--stats", metavar="DIR", help="only describe a folder of shards")
     args = parser.parse_args()
     if not 0 <= args.rank < args.world_size:
         raise UserError(f"--rank {args.rank} must be from 0 to {args.world_size - 1}")
@@ -485,23 +596,28 @@ def parse_args():
     return args
 
 
-def main():
-    """The command line."""
+def main() -> None:
+    """Prepare, verify or describe a folder of shards, as the command line says."""
     args = parse_args()
-    if args.verify or args.stats:
-        return verify(args.verify) if args.verify else print_stats(args.stats)
+    if args.verify:
+        verify(args.verify)
+        return
+    if args.stats:
+        print_stats(args.stats)
+        return
     if args.world_size > 1:
-        os.environ["RANK"] = str(args.rank)  # tells temporary files and error lines apart
-    # bpe tokenizers have threads of their own, which several processes share
+        os.environ["RANK"] = str(args.rank)  # temporary files and error lines name the rank
+    # Hugging Face's tokenizers start threads of their own, as many as this says
     os.environ.setdefault("RAYON_NUM_THREADS", str(args.num_proc or os.cpu_count()))
     meta = prepare(
-        args.source, args.out, args.tokenizer, args.config, args.split, args.text_column,
-        args.shard_size, args.val_fraction, args.max_tokens, args.rank, args.world_size,
-        args.num_proc, args.keep_downloads)
+        args.source, args.out, args.tokenizer, config=args.config, split=args.split,
+        text_column=args.text_column, shard_size=args.shard_size, val_fraction=args.val_fraction,
+        max_tokens=args.max_tokens, rank=args.rank, world_size=args.world_size,
+        num_proc=args.num_proc, keep_downloads=args.keep_downloads)
     if meta is None:
         return
     for split in SPLITS:
-        print(f"{split}: {meta['splits'][split]['tokens']:,} tokens" + describe_totals(meta, split))
+        print(f"{split}: {meta['splits'][split]['tokens']:,} tokens" + format_totals(meta, split))
     if meta["rows_skipped"]:
         print(f"skipped {meta['rows_skipped']} of {meta['rows_read']} rows that held no text")
     print(f"next: python train_gpt2.py --data_dir {args.out}")

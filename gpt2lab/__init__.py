@@ -15,7 +15,8 @@ tasks         HellaSwag's examples, as text and as tokens
 checkpoints   saving, finding and resuming
 pretrained    weights and tokenizers in Hugging Face's format
 runlog        log.txt and run.json, TensorBoard, wandb
-device        device, dtype, autocast, memory, seeds, MFU
+report        the lines that a run prints, and updates that are not finite
+device        device, dtype, autocast, prefetching, memory, seeds, MFU
 distributed   the process group, sums over ranks, naming a rank that died
 parallel      FSDP, compiling with a fallback, which options go together
 signals       SIGTERM, Ctrl-C and SIGUSR1 during training

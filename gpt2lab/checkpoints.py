@@ -1,9 +1,9 @@
 """
-Checkpoints: how a run is saved, found again and continued.
+Checkpoints: how a run is saved, found again and resumed.
 
-model_{step}.pt holds tensors and plain values only: the weights, the optimizer's state, the float16
-loss scale, and what the run is made of. It is written under a temporary name, put on the disk and
-renamed, so that whatever happens leaves no half file.
+model_{step}.pt holds only tensors and plain values: the weights, the optimizer's state, the scale
+of the float16 loss, the configuration and the tokenizer. It is written under a temporary name,
+flushed to disk and then renamed, so that a crash or a full disk never leaves half a checkpoint.
 """
 
 import os
@@ -12,50 +12,140 @@ import time
 import zipfile
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
-from gpt2lab.cli import UserError, first_line
-from gpt2lab.distributed import on_master, sum_over_ranks
+from gpt2lab import pretrained
+from gpt2lab.cli import UserError, first_line, list_differences
+from gpt2lab.distributed import Ranks, on_master, sum_over_ranks
 from gpt2lab.files import write_atomically
+from gpt2lab.tokenizer import Tokenizer
 
 CHECKPOINT_NAME = re.compile(r"model_(\d+)\.pt")
+# the options of a run on which its losses depend, so that a resumed run must have the same
+RESUME_KEYS = ("total_batch_size", "T", "seed", "shuffle", "max_steps", "max_lr", "min_lr",
+               "warmup_steps", "optimizer", "weight_decay", "beta2", "grad_clip")
 
 
 # -----------------------------------------------------------------------------
 # writing
 
 
-def save_checkpoint(log_dir, step, raw_model, optimizer, scaler, extra):
+def save_checkpoint(log_dir: str | Path, step: int, raw_model: nn.Module,
+                    optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
+                    extra: dict) -> Path | None:
     """
-    Write model_{step}.pt on the master; every process calls it, since a sharded model has to be
-    gathered. Returns its path on the master, None elsewhere. Raises OSError if it cannot be
-    written; the older checkpoints are not touched then.
+    Write model_{step}.pt on the master, with the items of `extra` added. All ranks must call this,
+    because the parameters of a sharded model are gathered. Returns the path on the master, None on
+    the other ranks. Raises OSError if the file cannot be written; older checkpoints stay untouched.
     """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
-    # whole tensors on the CPU of rank 0, named like the parameters of the raw model: no "module."
-    # or "_orig_mod." before them, and no trace of how many processes there were
+    # unsharded tensors on the CPU of rank 0, under the parameter names of raw_model without
+    # "module." or "_orig_mod.": the file does not depend on the number of ranks
     options = StateDictOptions(full_state_dict=True, cpu_offload=dist.is_initialized())
     model_state, optimizer_state = get_state_dict(raw_model, optimizer, options=options)
     if dist.is_initialized() and dist.get_rank() > 0:
         return None
     checkpoint = {"step": step, "model": model_state, "optimizer": optimizer_state,
-                  "model_config": asdict(raw_model.config), "scaler": scaler.state_dict(), **extra}
+                  "model_config": dict(vars(raw_model.config)), "scaler": scaler.state_dict(),
+                  **extra}
     path = Path(log_dir) / f"model_{step:05d}.pt"
     try:
         write_atomically(path, lambda file: torch.save(checkpoint, file))
-    except RuntimeError as error:  # torch's writer stumbles over the write that failed
+    except RuntimeError as error:  # torch raises this after a write has failed with an OSError
         raise OSError(error.__context__ or error) from error
     return path
 
 
-def prune_checkpoints(log_dir, keep_last, keep_every):
-    """Delete all but the newest `keep_last` checkpoints and the multiples of `keep_every` steps."""
-    steps = list_checkpoints(log_dir)
-    for step in sorted(steps)[:-keep_last] if keep_last else ():
-        if not keep_every or step % keep_every:
-            steps[step].unlink()
+def resume_settings(config: Any, data_fingerprint: str) -> dict:
+    """The settings of a TrainConfig, and the data, that must match the checkpoint's on resume."""
+    return {name: getattr(config, name) for name in RESUME_KEYS} | {"data": data_fingerprint}
+
+
+def save_run(run: Any, step: int) -> str | None:
+    """
+    Write the checkpoint of a Run of train_gpt2.py, delete old ones, and print a line. Returns the
+    path, None on ranks other than the master, or if the file cannot be written.
+    """
+    config, start = run.config, time.time()
+    extra = {"config": asdict(config), "tokenizer": run.tokenizer.state(),
+             "recipe": resume_settings(config, run.train_loader.fingerprint)}
+    try:
+        path = save_checkpoint(
+            config.log_dir, step, run.raw_model, run.optimizer, run.scaler, extra)
+        if run.ranks.master_process:
+            prune_checkpoints(config.log_dir, config.keep_last, config.keep_every)
+    except OSError as error:  # a full disk may have room again at the next checkpoint
+        run.ranks.print0(f"warning: step {step} is not saved, training goes on, and older "
+                         f"checkpoints stay: {error}")
+        return None
+    run.ranks.print0(f"saved {path} in {time.time() - start:.1f}s")
+    return None if path is None else str(path)
+
+
+def prune_checkpoints(log_dir: str | Path, keep_last: int, keep_every: int) -> None:
+    """
+    Delete all checkpoints but the newest `keep_last` (0: delete none) and those whose step is a
+    multiple of `keep_every` (0: no such exception).
+    """
+    if keep_last == 0:
+        return
+    paths = list_checkpoints(log_dir)
+    for step in sorted(paths)[:-keep_last]:
+        if keep_every == 0 or step % keep_every:
+            paths[step].unlink()
+
+
+# -----------------------------------------------------------------------------
+# finding
+
+
+def list_checkpoints(log_dir: str | Path) -> dict[int, Path]:
+    """{step: path} of the files model_{step}.pt in a folder; {} if there is no such folder."""
+    paths = {}
+    for path in Path(log_dir).glob("model_*.pt"):
+        if match := CHECKPOINT_NAME.fullmatch(path.name):
+            paths[int(match[1])] = path
+    return paths
+
+
+def find_checkpoint(log_dir: str | Path) -> Path | None:
+    """Path of the newest model_{step}.pt in a log folder, or None."""
+    paths = list_checkpoints(log_dir)
+    return paths[max(paths)] if paths else None
+
+
+def resolve_checkpoint(source: str | Path) -> Path | None:
+    """
+    Path of a checkpoint: `source` itself if it is a file, the newest checkpoint if it is a log
+    folder. None for everything else, a Hugging Face model for example. Raises UserError for a
+    folder that contains neither kind of model.
+    """
+    path = Path(source)
+    if path.is_file():
+        return path
+    if not path.is_dir() or (path / "config.json").is_file():
+        return None
+    checkpoint = find_checkpoint(path)
+    if checkpoint is None:
+        raise UserError(f"{path} holds neither a checkpoint model_*.pt nor a Hugging Face model")
+    return checkpoint
+
+
+def load_tokenizer(source: str | Path) -> Tokenizer:
+    """The tokenizer that belongs to a checkpoint, log folder, Hugging Face folder or hub name."""
+    path = resolve_checkpoint(source)
+    if path is None:
+        return pretrained.load_tokenizer(str(source))
+    return Tokenizer(**load_checkpoint(path)["tokenizer"])
+
+
+def default_source() -> str:
+    """The model to use if none is named: GPT2_MODEL, else the newest run in log/, else gpt2."""
+    return os.environ.get("GPT2_MODEL") or ("log" if find_checkpoint("log") else "gpt2")
 
 
 # -----------------------------------------------------------------------------
@@ -66,161 +156,116 @@ class PickledConfig:
     """Stands in for the GPTConfig that build-nanogpt pickles into its checkpoints."""
 
 
-# the names that class may go by; weights_only refuses every other one
-FOREIGN_CONFIGS = [(PickledConfig, f"{module}.GPTConfig")
-                   for module in ("__main__", "train_gpt2", "model")]
+# torch.load with weights_only accepts a pickled object of these classes, and of no other class
+PICKLED_CONFIG_NAMES: list = [(PickledConfig, f"{module}.GPTConfig")
+                              for module in ("__main__", "train_gpt2", "model")]
 
 
-def list_checkpoints(log_dir):
-    """{step: path} of the model_{step}.pt in a folder."""
-    folder = Path(log_dir)
-    found = folder.iterdir() if folder.is_dir() else ()
-    return {int(m.group(1)): p for p in found if (m := CHECKPOINT_NAME.fullmatch(p.name))}
-
-
-def find_checkpoint(log_dir):
-    """Path of the newest model_{step}.pt in a log folder, or None."""
-    steps = list_checkpoints(log_dir)
-    return steps[max(steps)] if steps else None
-
-
-def load_checkpoint(path, mmap=True):
+def load_checkpoint(path: str | Path, mmap: bool = True) -> dict:
     """
-    A checkpoint of train_gpt2.py, or of build-nanogpt, on the CPU, memory-mapped unless told
-    otherwise: a dict with at least step, model, model_config and tokenizer. Raises UserError if it
-    is neither.
+    The checkpoint in a file of train_gpt2.py or of build-nanogpt: a dict with at least step, model,
+    model_config and tokenizer. Its tensors are on the CPU, memory-mapped if `mmap`. Raises
+    UserError if the file is not a checkpoint or is damaged, OSError if it cannot be read.
     """
     try:
-        # weights_only: a checkpoint from a stranger is data, never code to run
-        with torch.serialization.safe_globals(FOREIGN_CONFIGS):
+        # weights_only: a checkpoint from a stranger may contain code, which must not run
+        with torch.serialization.safe_globals(PICKLED_CONFIG_NAMES):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         if isinstance(checkpoint.get("config"), PickledConfig):
-            checkpoint = convert_foreign(checkpoint)
+            checkpoint = convert_build_nanogpt(checkpoint)
         missing = {"step", "model", "model_config", "tokenizer"} - set(checkpoint)
     except OSError:
-        raise  # not there, or not readable: says so itself
-    except Exception as error:  # torch raises half a dozen kinds for a file that is not its own
-        raise UserError(f"{path} is no checkpoint of train_gpt2.py, or a damaged one: name another "
+        raise  # its message already says what is wrong
+    except Exception as error:  # torch raises many types for a file that it cannot load
+        raise UserError(f"{path} is not a checkpoint of train_gpt2.py, or is damaged: name another "
                         f"({first_line(error):.100})") from error
     if missing:
-        raise UserError(f"{path} is no checkpoint of train_gpt2.py (it lacks "
+        raise UserError(f"{path} is not a checkpoint of train_gpt2.py (it lacks "
                         f"{', '.join(sorted(missing))}): name another")
     return checkpoint
 
 
-def convert_foreign(checkpoint):
-    """A checkpoint of build-nanogpt as ours: whatever wrapped the model leaves the names."""
+def convert_build_nanogpt(checkpoint: dict) -> dict:
+    """A checkpoint of build-nanogpt in the format of load_checkpoint, without optimizer state."""
+    # torch.compile and DDP put prefixes before the names; the buffers are old causal masks
     weights = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): tensor
                for name, tensor in checkpoint["model"].items()
-               if not name.endswith((".attn.bias", ".attn.masked_bias"))}  # old causal masks
+               if not name.endswith((".attn.bias", ".attn.masked_bias"))}
     config = vars(checkpoint["config"])
+    model_config = {name: config[name] for name in ("block_size", "n_layer", "n_head", "n_embd")}
+    # build-nanogpt's vocab_size is the number of embedding rows, 50304. Its tokens are gpt2's
     rows = len(weights["lm_head.weight"])
-    # it calls the rows of the embedding, 50304, the vocabulary; its tokens are always gpt2's
-    shape = {name: config[name] for name in ("block_size", "n_layer", "n_head", "n_embd")}
-    return {"step": int(checkpoint.get("step", 0)), "model": weights,
-            "model_config": shape | {"vocab_size": min(rows, 50257), "padded_vocab_size": rows},
+    model_config |= {"vocab_size": min(rows, 50257), "padded_vocab_size": rows}
+    return {"step": int(checkpoint.get("step", 0)), "model": weights, "model_config": model_config,
             "tokenizer": {"spec": "gpt2", "model": None}}
 
 
-def newest_valid_checkpoint(log_dir):
-    """(path, checkpoint) of the newest one that is not damaged, (None, None) if there is none."""
-    steps = list_checkpoints(log_dir)
-    for step in sorted(steps, reverse=True):
-        try:
-            return steps[step], load_training_checkpoint(steps[step])
-        except (UserError, OSError) as error:
-            print(f"warning: {error}; taking the one before")
-    if steps:
-        raise UserError(f"no checkpoint in {log_dir} can be read: see the warnings above; give "
-                        "--resume PATH, or start anew without --resume")
-    return None, None
-
-
-def load_training_checkpoint(path):
-    """load_checkpoint of one to train on from: all of it is read and compared with its CRCs."""
-    # not mapped: the optimizer keeps these tensors, and the file would stay in use when it is old
+def load_training_checkpoint(path: str | Path) -> dict:
+    """
+    load_checkpoint for a checkpoint to resume from. All bytes of the file are read and compared
+    with its checksums. Raises UserError if it is damaged or holds no optimizer state.
+    """
+    # no memory map: the optimizer keeps these tensors, and a mapped file could not be pruned later
     checkpoint = load_checkpoint(path, mmap=False)
     if not {"optimizer", "scaler", "recipe"} <= set(checkpoint):
         raise UserError(f"{path} holds no optimizer state, so no run can be resumed from it: "
                         "start from its weights with --init_from")
-    try:
-        damaged = zipfile.ZipFile(path).testzip()
-    except zipfile.BadZipFile as error:
-        damaged = error
-    if damaged:
-        raise UserError(f"{path} is damaged ({damaged}): name another")
+    if damage := find_damage(path):
+        raise UserError(f"{path} is damaged ({damage}): name another")
     return checkpoint
 
 
-def load_state(raw_model, optimizer, checkpoint):
-    """
-    Put a checkpoint's weights and optimizer state in place. Only the master needs to hold the
-    checkpoint: the other processes pass None and get their part from it.
-    """
-    from torch.distributed.checkpoint.state_dict import (
-        StateDictOptions,
-        set_model_state_dict,
-        set_optimizer_state_dict,
-    )
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=dist.is_initialized())
-    checkpoint = checkpoint or {"model": {}, "optimizer": {}}
-    ours = [{key: group[key] for key in ("weight_decay", "betas")}
-            for group in optimizer.param_groups]
-    set_model_state_dict(raw_model, checkpoint["model"], options=options)
-    set_optimizer_state_dict(raw_model, optimizer, checkpoint["optimizer"], options=options)
-    for group, kept in zip(optimizer.param_groups, ours, strict=True):
-        group.update(kept)  # with --resume_anyway the flags count, not what they were
+def find_damage(path: str | Path) -> str | None:
+    """The first part of a checkpoint whose CRC is wrong, or why it is not a zip file, or None."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip()
+    except zipfile.BadZipFile as error:
+        return str(error)
 
 
-def check_recipe(checkpoint, model_config, recipe, anyway):
+def newest_valid_checkpoint(log_dir: str | Path) -> tuple[Path | None, dict]:
     """
-    Raise UserError with all that differs between a checkpoint's run and this one. `anyway` lets
-    everything pass but another model.
+    (path, checkpoint) of the newest undamaged checkpoint in a log folder, (None, {}) if the folder
+    has no checkpoints. Raises UserError if it has some, but all are damaged.
     """
-    def differing(saved, ours):
-        return [f"{name} {saved.get(name)}, not {ours[name]}" for name in ours
-                if saved.get(name) != ours[name]]
-
-    other_model = differing(checkpoint["model_config"], asdict(model_config))
-    others = differing(checkpoint["recipe"], recipe)
-    if other_model:
-        raise UserError(f"the checkpoint is of another model ({'; '.join(other_model + others)}): "
-                        "give the flags it was trained with, or another --log_dir")
-    if others and not anyway:
-        raise UserError(f"the checkpoint is of another run ({'; '.join(others)}): give the flags "
-                        "it was trained with, or --resume_anyway")
+    paths = list_checkpoints(log_dir)
+    for step in sorted(paths, reverse=True):
+        try:
+            return paths[step], load_training_checkpoint(paths[step])
+        except (UserError, OSError) as error:
+            print(f"warning: {error}; trying the checkpoint before it")
+    if paths:
+        raise UserError(f"no checkpoint in {log_dir} can be read, see the warnings above: give "
+                        "--resume PATH, or leave out --resume to start from scratch")
+    return None, {}
 
 
-def resume(config, ranks, raw_model, optimizer, scaler, recipe):
+# -----------------------------------------------------------------------------
+# resuming
+
+
+def resume(config: Any, ranks: Ranks, raw_model: nn.Module, optimizer: torch.optim.Optimizer,
+           scaler: torch.amp.GradScaler, data_fingerprint: str) -> tuple[int, str | None]:
     """
-    Load the checkpoint that `--resume` names into model, optimizer and scaler; returns its step and
-    path, or (0, None) where there is none. The master reads it, and the others get it from there.
+    Load the checkpoint that a TrainConfig says to resume into model, optimizer and scaler. The
+    master reads the file and sends the other ranks their part. Returns the checkpoint's step and
+    path, or (0, None) if the run starts from scratch. Raises UserError.
     """
-    # a restart by torchrun goes on with what the run has saved since. Nodes count restarts each for
-    # itself: all follow the one that knows of one
-    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    # after torchrun has restarted the processes, resume even without --resume. Each node counts its
+    # own restarts, so sum the counts: if one node restarted, all ranks resume
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0)
     restarted = sum_over_ranks([restarts], ranks.device)[0] > 0
     if not (config.resume or config.resume_anyway or restarted):
         return 0, None
-    start, checkpoint = time.time(), None
+    start = time.time()
+    checkpoint: dict = {}  # filled on the master only
 
-    def read():
-        nonlocal checkpoint
-        path = config.resume
-        if path in (None, "newest") or (restarted and find_checkpoint(config.log_dir)):
-            path, checkpoint = newest_valid_checkpoint(config.log_dir)
-        else:
-            path = resolve_checkpoint(path)
-            if path is None:
-                raise UserError(f"no checkpoint {config.resume} to resume: name a model_*.pt file")
-            checkpoint = load_training_checkpoint(path)
-        if path is None:
-            print(f"no checkpoint in {config.log_dir} to resume: starting from scratch")
-            return 0, None, None
-        check_recipe(checkpoint, raw_model.config, recipe, config.resume_anyway)
-        if checkpoint["step"] > config.max_steps:
-            raise UserError(f"{path} is at step {checkpoint['step']} already: raise --max_steps")
-        return checkpoint["step"], str(path), checkpoint["scaler"]
+    def read() -> tuple[int, str | None, dict | None]:
+        recipe = resume_settings(config, data_fingerprint)
+        path, found = read_checkpoint_to_resume(config, restarted, vars(raw_model.config), recipe)
+        checkpoint.update(found)
+        return found.get("step", 0), path, found.get("scaler")
 
     step, path, scaler_state = on_master(ranks, read)
     if path is None:
@@ -233,19 +278,62 @@ def resume(config, ranks, raw_model, optimizer, scaler, recipe):
     return step, path
 
 
-def resolve_checkpoint(source):
-    """Path of the checkpoint that `source`, a file or log folder, names; None if it is neither."""
-    path = Path(source)
-    if path.is_file():
-        return path
-    if not path.is_dir() or (path / "config.json").is_file():
-        return None
-    checkpoint = find_checkpoint(path)
-    if checkpoint is None:
-        raise UserError(f"{path} holds neither a checkpoint model_*.pt nor a Hugging Face model")
-    return checkpoint
+def read_checkpoint_to_resume(config: Any, restarted: bool, model_config: dict,
+                              recipe: dict) -> tuple[str | None, dict]:
+    """
+    (path, checkpoint) that `resume` loads, (None, {}) if the log folder has none. If torchrun has
+    restarted the processes, the checkpoints in the log folder win over the one that --resume names,
+    because the run saved them later. Raises UserError.
+    """
+    path: Path | None
+    if config.resume in (None, "newest") or (restarted and find_checkpoint(config.log_dir)):
+        path, checkpoint = newest_valid_checkpoint(config.log_dir)
+        if path is None:
+            print(f"no checkpoint in {config.log_dir} to resume: starting from scratch")
+            return None, {}
+    else:
+        path = resolve_checkpoint(config.resume)
+        if path is None:
+            raise UserError(f"no checkpoint {config.resume} to resume: name a model_*.pt file")
+        checkpoint = load_training_checkpoint(path)
+    check_recipe(checkpoint, model_config, recipe, config.resume_anyway)
+    if checkpoint["step"] > config.max_steps:
+        raise UserError(f"{path} is at step {checkpoint['step']} already: raise --max_steps")
+    return str(path), checkpoint
 
 
-def default_source():
-    """GPT2_MODEL from the environment, else the newest run in log/, else OpenAI's gpt2."""
-    return os.environ.get("GPT2_MODEL") or ("log" if find_checkpoint("log") else "gpt2")
+def check_recipe(checkpoint: dict, model_config: dict, recipe: dict, anyway: bool) -> None:
+    """
+    Raise UserError with all differences between a checkpoint's run and this run. With `anyway`,
+    only a different model is an error.
+    """
+    model_differences = list_differences(checkpoint["model_config"], model_config)
+    differences = list_differences(checkpoint["recipe"], recipe)
+    if model_differences:
+        listed = "; ".join(model_differences + differences)
+        raise UserError(f"the checkpoint is of another model ({listed}): give the flags it was "
+                        "trained with, or another --log_dir")
+    if differences and not anyway:
+        raise UserError(f"the checkpoint is of another run ({'; '.join(differences)}): give the "
+                        "flags it was trained with, or --resume_anyway")
+
+
+def load_state(raw_model: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: dict) -> None:
+    """
+    Load a checkpoint's weights and optimizer state. The master passes the checkpoint; the other
+    ranks pass {} and receive their part from the master.
+    """
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        set_model_state_dict,
+        set_optimizer_state_dict,
+    )
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=dist.is_initialized())
+    weights, optimizer_state = checkpoint.get("model", {}), checkpoint.get("optimizer", {})
+    from_flags = [{key: group[key] for key in ("weight_decay", "betas")}
+                  for group in optimizer.param_groups]
+    set_model_state_dict(raw_model, weights, options=options)
+    set_optimizer_state_dict(raw_model, optimizer, optimizer_state, options=options)
+    # the checkpoint's weight_decay and betas may differ after --resume_anyway: the flags win
+    for group, values in zip(optimizer.param_groups, from_flags, strict=True):
+        group.update(values)

@@ -1,32 +1,39 @@
 """
-What this machine is: the device, the number type of its matrix products, and the processes that
-torchrun started. One answer for every script.
+What this machine computes with: the device, the dtype of its matmuls, its peak rate, its memory and
+its random seeds. Every script gets the same answer from here.
 """
 
-import ctypes
 import gc
 import os
 import random
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import numpy as np
 import torch
 
 from gpt2lab.cli import UserError
 
+# -----------------------------------------------------------------------------
+# device and dtype
 
-def set_seed(seed, deterministic=False):
-    """Seed Python, numpy and torch on all devices; `deterministic` excludes kernels that vary."""
+
+def set_seed(seed: int, deterministic: bool = False) -> None:
+    """
+    Seed Python, numpy and torch on all devices. With `deterministic`, torch uses only kernels that
+    give the same bits every time.
+    """
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
     if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS requires this
         torch.use_deterministic_algorithms(True)
 
 
-def pick_device(name="auto"):
-    """torch.device for a --device flag: the best there is, or the one named. Raises UserError."""
+def pick_device(name: str = "auto") -> torch.device:
+    """The device that a --device flag names, or the best one for "auto". Raises UserError."""
     if name == "auto":
         if torch.cuda.is_available():
             name = "cuda"
@@ -46,8 +53,11 @@ def pick_device(name="auto"):
     return device
 
 
-def pick_dtype(name, device):
-    """torch dtype of autocast for a --dtype flag; auto takes bfloat16 where the GPU has it."""
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """
+    The dtype of autocast that a --dtype flag names. "auto" is bfloat16 on GPUs that have it
+    (compute capability 8.0), float16 on other CUDA GPUs and float32 elsewhere.
+    """
     if name == "auto":
         if device.type != "cuda":
             return torch.float32
@@ -55,55 +65,84 @@ def pick_dtype(name, device):
     return getattr(torch, name)
 
 
-def autocast(device, dtype):
-    """Context in which matrix products run in `dtype`; float32 needs none."""
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
+    """A context in which matmuls run in `dtype`. float32 needs no autocast."""
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
-def synchronize(device):
-    """Wait until the device has done all it was given, so that clocks tell the truth."""
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has finished its work, so that a clock measures all of it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
 
 
-# dense 16-bit products with float32 sums, 10^12 operations a second, from the makers' data sheets.
-# The first entry counts whose words are all part of the card's name
+def prefetch(batches: Iterator, device: torch.device) -> Iterator:
+    """Yield the (x, y) of `batches` on `device`. A thread makes the next pair meanwhile."""
+    def read() -> list[torch.Tensor]:
+        x, y = next(batches)
+        # CUDA copies only pinned memory while it computes
+        return [x.pin_memory(), y.pin_memory()] if device.type == "cuda" else [x, y]
+
+    with ThreadPoolExecutor(1) as pool:
+        upcoming = pool.submit(read)
+        while True:
+            x, y = upcoming.result()
+            upcoming = pool.submit(read)
+            yield x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+
+
+# -----------------------------------------------------------------------------
+# model FLOPs utilization (MFU)
+
+# dense 16-bit matmuls with float32 accumulation, in 10^12 operations a second, from the makers'
+# data sheets. The first entry counts whose words are all part of the card's name. None: a part of
+# a card, or a slower card under the same name, whose peak is not known here
 PEAK_TFLOPS = {
-    "Laptop": None, "MIG": None,  # part of a card, or a slower one of the same name
+    "Laptop": None, "MIG": None,
     "B200": 2250, "GH200": 989, "H200 NVL": 835, "H200": 989, "H100 NVL": 835, "H100 PCIe": 756,
     "H100": 989, "H800": 989, "A100": 312, "A800": 312, "A10": 125, "L40S": 362, "L40": 181,
     "L4": 121, "RTX 4090": 165, "RTX 3090": 71,
 }
 
 
-def flops_per_token(num_parameters, config, T):
+def flops_per_token(num_parameters: int, config, T: int) -> int:
     """
-    Floating point operations of forward and backward for one token (Chowdhery et al. 2022): 6 for
-    each parameter (the tied matrix counts once, it is multiplied with once), and attention over T.
+    Floating-point operations of forward and backward for one token of a sequence of T tokens, for
+    the model of a GPTConfig: 6 for each parameter, plus those of attention (Chowdhery et al. 2022).
+    The tied matrix counts once, because the embedding lookup does not multiply with it.
     """
     return 6 * num_parameters + 12 * config.n_layer * config.n_embd * T
 
 
-def model_flops_utilization(flops_per_sec, device_name, world_size=1):
-    """Share of what the GPUs could do at most, 0 to 1; None for a card that is not in the table."""
+def model_flops_utilization(
+        flops_per_sec: float, device_name: str, world_size: int = 1) -> float | None:
+    """The share of the GPUs' peak rate, from 0 to 1. None if PEAK_TFLOPS lacks the card's peak."""
     words = set(device_name.replace("-", " ").split())
     peaks = [peak for card, peak in PEAK_TFLOPS.items() if words.issuperset(card.split())]
     return flops_per_sec / (peaks[0] * 1e12 * world_size) if peaks and peaks[0] else None
 
 
-def format_mfu(ranks, dtype, flops_per_sec):
-    """The end of a step's line for GPUs whose peak is known, empty elsewhere."""
-    if ranks.device.type != "cuda" or dtype == torch.float32:
+def format_mfu(
+        model: torch.nn.Module, T: int, tokens_per_sec: float, dtype: torch.dtype,
+        world_size: int) -> str:
+    """" | mfu 45.0%" for a GPT on CUDA in 16 bits whose card's peak is known, else ""."""
+    device = next(model.parameters()).device
+    if device.type != "cuda" or dtype == torch.float32:
         return ""
-    name = torch.cuda.get_device_name(ranks.device)
-    mfu = model_flops_utilization(flops_per_sec, name, ranks.ddp_world_size)
+    flops = flops_per_token(sum(p.numel() for p in model.parameters()), model.config, T)
+    mfu = model_flops_utilization(
+        tokens_per_sec * flops, torch.cuda.get_device_name(device), world_size)
     return "" if mfu is None else f" | mfu {mfu:.1%}"
 
 
-def free_cache(device):
-    """Drop garbage, and give memory that torch keeps back to the device: other shapes need it."""
+# -----------------------------------------------------------------------------
+# memory
+
+
+def free_cache(device: torch.device) -> None:
+    """Return cached memory to the device, because the next tensors will have other shapes."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -112,8 +151,11 @@ def free_cache(device):
 
 
 @contextmanager
-def paused_garbage_collection():
-    """No garbage collector in a hot loop: it walks every object there is, at its own times."""
+def paused_gc() -> Iterator[None]:
+    """
+    Switch the garbage collector off for a hot loop, because a collection walks all objects and
+    comes at arbitrary times.
+    """
     gc.collect()
     gc.freeze()
     gc.disable()
@@ -122,18 +164,3 @@ def paused_garbage_collection():
     finally:
         gc.enable()
         gc.unfreeze()
-
-
-def tune_malloc():
-    """
-    Have the C library keep what is freed: handing large tensors back to the system and having it
-    zero them anew, page by page, in every step costs time. Linux with glibc; nothing elsewhere.
-    """
-    try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt  # glibc's name
-    except (OSError, AttributeError):
-        return
-    # M_MMAP_MAX: no tensor in a mapping of its own; M_TRIM_THRESHOLD: the heap never shrinks;
-    # M_TOP_PAD: it grows by 256 MB at a time; M_ARENA_MAX: and there is one of it
-    for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28), (-8, 1)):
-        mallopt(option, value)

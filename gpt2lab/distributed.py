@@ -1,13 +1,19 @@
-"""Several processes: joining the process group, sums over ranks, naming a rank that died."""
+"""
+Several processes: joining the process group, sums over ranks, and naming a rank that died.
+
+torchrun starts the processes and tells each its rank in the environment. Without torchrun there is
+one process, and every function here does the obvious thing for it.
+"""
 
 import os
 import re
 import signal
 import sys
 import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -15,26 +21,31 @@ import torch.distributed as dist
 from gpt2lab.cli import UserError
 from gpt2lab.device import pick_device
 
-# how long a process waits for the others before it gives up. A process that dies is noticed at once
-# with gloo, and by torchrun; one that hangs, after this
+# how long a rank waits for the others before it gives up. gloo and torchrun notice at once when a
+# process dies; only a process that hangs is waited for this long
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 
 
 class Ranks(NamedTuple):
-    """This process among those that torchrun started; alone, the only one of one."""
+    """This process among those that torchrun started: its device, its rank and their number."""
 
     device: torch.device
     ddp_rank: int = 0
     ddp_world_size: int = 1
 
     @property
-    def master_process(self):
+    def master_process(self) -> bool:
         """Whether this is the process that prints and saves."""
         return self.ddp_rank == 0
 
+    def print0(self, *args) -> None:
+        """Print on the master only."""
+        if self.master_process:
+            print(*args, flush=True)
 
-def init_distributed(device_name):
-    """Join the process group if torchrun started us; returns Processes. Raises UserError."""
+
+def init_distributed(device_name: str) -> Ranks:
+    """Join the process group if torchrun started this process. Raises UserError."""
     if "RANK" not in os.environ:
         return Ranks(pick_device(device_name))
     ddp_rank, ddp_local_rank, ddp_world_size = (
@@ -49,28 +60,32 @@ def init_distributed(device_name):
         device = torch.device("cuda", ddp_local_rank)
         torch.cuda.set_device(device)
     if device.type == "cuda" and not dist.is_nccl_available() and os.name != "nt":
-        raise UserError("this torch has no NCCL, which GPUs talk through: install a CUDA build of "
-                        "torch, or add --device cpu")
+        raise UserError("this torch lacks NCCL, which GPUs need to communicate: install a CUDA "
+                        "build of torch, or add --device cpu")
     backend = "nccl" if device.type == "cuda" and dist.is_nccl_available() else "gloo"
     dist.init_process_group(backend, store=fresh_store(), rank=ddp_rank, world_size=ddp_world_size,
                             timeout=COLLECTIVE_TIMEOUT)
     return Ranks(device, ddp_rank, ddp_world_size)
 
 
-def fresh_store():
+def fresh_store() -> dist.Store | None:
     """
-    Where the processes of one node meet: torchrun's store, but not what those wrote into it that a
-    restart replaces, or the new ones would look for the dead. None: as torch does it.
+    The rendezvous store for a single-node torchrun job, with a prefix for each restart. Without the
+    prefix, restarted processes would find the addresses of the dead ones. None for several nodes,
+    because each node counts its own restarts: torch then uses its default store.
     """
     env = os.environ
     if env.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or env["GROUP_WORLD_SIZE"] != "1":
-        return None  # nodes count restarts each for itself
+        return None
     store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False)
     return dist.PrefixStore(f"attempt_{env['TORCHELASTIC_RESTART_COUNT']}", store)
 
 
-def sum_over_ranks(values, device):
-    """Add lists of numbers over all processes, elementwise: gloo knows sums, but no averages."""
+def sum_over_ranks(values: Sequence[float], device: torch.device) -> list[float]:
+    """
+    The elementwise sum of a list of numbers over all ranks. Callers divide by the world size where
+    they want a mean, because gloo can add but not average.
+    """
     if not dist.is_initialized():
         return list(values)
     total = torch.tensor(values, dtype=torch.float64, device=device)
@@ -78,28 +93,40 @@ def sum_over_ranks(values, device):
     return total.tolist()
 
 
-def on_master(ranks, function):
+def on_any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether the flag is set on any rank. Every rank gets the same answer."""
+    return sum_over_ranks([flag], device)[0] > 0
+
+
+def on_master(ranks: Ranks, function: Callable[[], Any]) -> Any:
     """
-    Call `function()` on the master only; every process returns its result (plain and small) or
-    raises its UserError or OSError, so that none waits for a master that has given up.
+    Call `function()` on the master only. Every rank returns its result, which must be small and
+    plain, or raises its UserError or OSError, so that no rank waits for a master that gave up.
     """
-    box = [None, None]
+    result, error_message = None, None
     if ranks.master_process:
         try:
-            box[0] = function()
+            result = function()
         except (UserError, OSError) as error:
-            box[1] = str(error)
+            error_message = str(error)
     if dist.is_initialized():
+        box = [result, error_message]
         dist.broadcast_object_list(box, src=0)
-    if box[1]:
-        raise UserError(box[1])
-    return box[0]
+        result, error_message = box
+    if error_message:
+        raise UserError(error_message)
+    return result
 
 
-def missing_ranks(wait_seconds=3.0):
+# -----------------------------------------------------------------------------
+# a rank that died
+
+
+def missing_ranks(wait_seconds: float = 3.0) -> str:
     """
-    Who no longer answers, as "rank 1" or "ranks 1, 3", after communication failed: all that are
-    left sign up in the rendezvous store, which torchrun keeps outside of them.
+    Which ranks died, for example "rank 1" or "ranks 1, 3", after a collective has failed. Every
+    survivor sets a key in torchrun's store. A rank whose key is missing after `wait_seconds` is
+    gone. "another process" if the store was on the node that died.
     """
     world_size, missing = dist.get_world_size(), []
     try:
@@ -109,25 +136,26 @@ def missing_ranks(wait_seconds=3.0):
         missing = [str(rank) for rank in range(world_size)
                    if not store.check([f"alive/{rank}"])]
     except (RuntimeError, ValueError):
-        pass  # the store was on the node that died
+        pass
     if not missing:
         return "another process"
     return ("rank " if len(missing) == 1 else "ranks ") + ", ".join(missing)
 
 
 @contextmanager
-def naming_lost_processes():
-    """Turn the failure of communication in this block into a line that says who is gone, exit 1."""
+def naming_lost_ranks() -> Iterator[None]:
+    """If a collective fails in this block, print one line that names the lost ranks, exit 1."""
     try:
         yield
     except RuntimeError as error:
-        said = str(error)
-        if not dist.is_initialized() or not re.search("gloo|nccl|connection|timed out", said, re.I):
+        message = str(error)
+        failed_collective = re.search("gloo|nccl|connection|timed out", message, re.I)
+        if not dist.is_initialized() or not failed_collective:
             raise
-        # torchrun wants the others gone at once: not before the line is out
+        # torchrun sends SIGTERM to the survivors at once. Ignore it until the line is printed
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        reason = said.splitlines()[0].split("] ", 1)[-1]  # without the place in gloo's source
+        reason = message.splitlines()[0].split("] ", 1)[-1]  # without the line of gloo's source
         print(f"rank {dist.get_rank()}: error: lost {missing_ranks()} ({reason:.100}): start again "
               "with --resume (torchrun --max_restarts=3 does it by itself)",
               file=sys.stderr, flush=True)
-        os._exit(1)  # a process group that lost somebody cannot be left in good order
+        os._exit(1)  # an ordinary exit would wait for the process group that lost a rank

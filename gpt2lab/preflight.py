@@ -1,41 +1,50 @@
-"""--check: what this machine has, and whether a run could start on it."""
+"""--check: what this machine has, what --preset auto would set, and whether a run could start."""
 
 import os
 import platform
 import shutil
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from gpt2lab import parallel, shards
 from gpt2lab.cli import UserError
 from gpt2lab.device import pick_dtype
-from gpt2lab.distributed import init_distributed, sum_over_ranks
-from gpt2lab.loss import rows_at_once
-from gpt2lab.presets import GIB, settings
+from gpt2lab.distributed import Ranks, init_distributed, sum_over_ranks
+from gpt2lab.kernels import rows_at_once
+from gpt2lab.parallel import resolve_compile
+from gpt2lab.presets import GIB, check_batch_size, preset_flags
+from gpt2lab.shards import SPLITS, open_split
 
 
-def estimate(shape, config, device, dtype, world_size):
-    """(bytes of memory a process is expected to take, bytes of a checkpoint), roughly."""
-    C, L = shape.n_embd, shape.n_layer
-    embeddings = (shape.padded_vocab_size + shape.block_size) * C
+def estimate_memory(
+        model_config, config, device: torch.device, dtype: torch.dtype,
+        world_size: int) -> tuple[int, int]:
+    """
+    (bytes of memory that a process will need, bytes of a checkpoint), roughly, for a GPTConfig and
+    a TrainConfig.
+    """
+    C, L = model_config.n_embd, model_config.n_layer
+    embeddings = (model_config.padded_vocab_size + model_config.block_size) * C
     parameters = embeddings + L * (12 * C * C + 13 * C) + 2 * C
     state = 16 * parameters  # weights, gradients and AdamW's two moments, in float32
     if config.fsdp:
         state //= world_size
-    width = 4 if dtype == torch.float32 else 2
-    # some 13 values a token and channel are kept for backward in every layer (17 in Korthikanti et
-    # al. 2022, without dropout and scores; 4 are GELU's, which is run again), or only the block's
-    # input with --grad_checkpoint
+    width = 4 if dtype == torch.float32 else 2  # bytes of an activation
+    # every layer keeps about 13 values a token and channel for backward: 17 in Korthikanti et al.
+    # 2022 without dropout and attention scores, less 4 of GELU's output, which is recomputed.
+    # With --grad_checkpoint a layer keeps its input, and one layer at a time has all of them
     kept = L + 13 if config.grad_checkpoint else 13 * L
-    logits = 3 * min(rows_at_once(device), config.B * config.T) * shape.padded_vocab_size * 4
+    rows = min(rows_at_once(device), config.B * config.T)
+    logits = 3 * rows * model_config.padded_vocab_size * 4
     return state + config.B * config.T * kept * C * width + logits, 12 * parameters
 
 
-def free_memory(device):
-    """Free memory of a device in bytes, None where the system does not tell."""
+def free_memory(device: torch.device) -> int | None:
+    """Free memory of a device in bytes, None where the system does not report it."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
@@ -45,8 +54,8 @@ def free_memory(device):
         return None
 
 
-def describe(device):
-    """Lines of "name: value" about this machine."""
+def machine_facts(device: torch.device) -> Iterator[tuple[str, str]]:
+    """Yield (name, value) pairs that describe this machine."""
     yield "system", f"{platform.system()} {platform.release()}, Python {platform.python_version()}"
     yield "torch", torch.__version__
     if device.type == "cuda":
@@ -60,52 +69,59 @@ def describe(device):
     else:
         yield "device", f"{device.type}, {os.cpu_count()} CPUs"
     backends = [name for name in ("nccl", "gloo") if getattr(dist, f"is_{name}_available")()]
-    yield "talk between processes", ", ".join(backends) or "none"
+    yield "distributed backends", ", ".join(backends) or "none"
     compiler = next((c for c in ("g++", "clang++", "cl", "gcc") if shutil.which(c)), None)
     yield "compiler for --compile", os.environ.get("CXX") or compiler or "none: runs uncompiled"
 
 
-def check(config, shape, check_config):
+def find_problems(config, ranks: Ranks, dtype: torch.dtype) -> list[str]:
+    """What would stop a run of this TrainConfig before its first update, a sentence each."""
+    problems = []
+
+    def note_error(check: Callable, *args: Any) -> None:
+        try:
+            check(*args)
+        except UserError as error:
+            problems.append(str(error))
+
+    for split in SPLITS:
+        note_error(open_split, config.data_dir, split)
+    note_error(check_batch_size, config.B, config.T, config.total_batch_size, ranks.ddp_world_size)
+    note_error(resolve_compile, config, ranks, dtype)
+    return problems
+
+
+def report_preflight(config, model_config) -> int:
     """
-    Print what this machine has, what `--preset auto` would choose and what the run would take.
-    Returns the exit code, the same on every process: 0, or 2 if the run could not start.
+    Print what this machine has, what `--preset auto` would choose, and the memory and disk that a
+    run of this TrainConfig and GPTConfig needs. Returns the exit code, the same on every rank: 0,
+    or 2 if the run could not start.
     """
     ranks = init_distributed(config.device)
-    device, problems = ranks.device, []
+    device = ranks.device
     dtype = pick_dtype(config.dtype, device)
-    for split in shards.SPLITS:
-        try:
-            if not shards.open_split(config.data_dir, split):
-                problems.append(f"no {split} shards in {config.data_dir}: run python fineweb.py")
-        except UserError as error:
-            problems.append(str(error))
-    for test in (lambda: check_config(config, ranks.ddp_world_size),
-                 lambda: parallel.resolve_compile(config, ranks, dtype)):
-        try:
-            test()
-        except UserError as error:
-            problems.append(str(error))
-    memory, checkpoint = estimate(shape, config, device, dtype, ranks.ddp_world_size)
+    problems = find_problems(config, ranks, dtype)
+    memory, checkpoint = estimate_memory(model_config, config, device, dtype, ranks.ddp_world_size)
     free = free_memory(device)
     if free is not None and memory > free:
         problems.append("too little memory: lower --B, or add --grad_checkpoint or --fsdp")
-    folder = next(p for p in (Path(config.log_dir).resolve(),
-                              *Path(config.log_dir).resolve().parents) if p.exists())
+    log_dir = Path(config.log_dir).resolve()
+    folder = next(path for path in (log_dir, *log_dir.parents) if path.exists())
     disk = shutil.disk_usage(folder).free
-    if disk < 2 * checkpoint:  # a new one is written before an old one goes
+    if disk < 2 * checkpoint:  # a new checkpoint is written before an old one is deleted
         problems.append(f"too little disk for two checkpoints at {folder}: make room")
-    if ranks.master_process:
-        for name, value in describe(device):
-            print(f"{name}: {value}")
-        print("--preset auto: " + ", ".join(f"{k} {v}" for k, v in settings("auto").items()))
-        print(f"memory: about {memory / GIB:.1f} GiB a process expected"
-              + (f", {free / GIB:.1f} GiB free" if free is not None else ""))
-        print(f"disk: a checkpoint is about {checkpoint / GIB:.2f} GiB, {disk / GIB:.1f} GiB free")
+    for name, value in machine_facts(device):
+        ranks.print0(f"{name}: {value}")
+    flags = ", ".join(f"{name} {value}" for name, value in preset_flags("auto").items())
+    ranks.print0(f"--preset auto: {flags}")
+    ranks.print0(f"memory: about {memory / GIB:.1f} GiB a process expected"
+                 + (f", {free / GIB:.1f} GiB free" if free is not None else ""))
+    ranks.print0(f"disk: a checkpoint is about {checkpoint / GIB:.2f} GiB, "
+                 f"{disk / GIB:.1f} GiB free")
     for problem in problems:
         print(f"rank {ranks.ddp_rank}: {problem}", file=sys.stderr)
-    bad = sum_over_ranks([bool(problems)], device)[0] > 0
-    if ranks.master_process:
-        print("the run could not start" if bad else "the run can start")
+    could_not_start = sum_over_ranks([bool(problems)], device)[0] > 0
+    ranks.print0("the run could not start" if could_not_start else "the run can start")
     if dist.is_initialized():
         dist.destroy_process_group()
-    return 2 if bad else 0
+    return 2 if could_not_start else 0

@@ -1,19 +1,22 @@
 """
-What suits a machine (B, dtype, compile) and whether a run could start on it. The recipe of a run
-never depends on the machine: with another B, more or fewer micro-batches make the same update.
+Values for many flags at once: the demo run, and what suits known machines.
+
+A preset for a machine sets B, dtype and compile only. What a run computes does not depend on the
+machine, because another B means more or fewer micro-steps in the same update.
 """
 
 import os
 
 import torch
 
-from gpt2lab.cli import UserError, env_rank
+from gpt2lab.cli import UserError, add_options, env_rank, make_parser
 from gpt2lab.device import pick_device
+from gpt2lab.tokenizer import GPT2_VOCAB_SIZE
 
 DEMO_DATA, DEMO_TOKENIZER = "demo_data", "bpe:1536"
-RUN_PRESETS = {
-    # two to three minutes on two CPU cores. In so short a time many small updates of a shallow
-    # model beat few of a deep one. AdamW would want max_lr 3e-3
+RUN_PRESETS: dict[str, dict] = {
+    # two to three minutes on two CPU cores. In so short a time, many small updates of a shallow
+    # model learn more than few updates of a deep one. With AdamW, max_lr 3e-3 is best
     "demo": dict(
         data_dir=DEMO_DATA, n_layer=2, n_head=4, n_embd=128, block_size=64, B=8, T=64,
         total_batch_size=512, max_steps=2_600, optimizer="muon", max_lr=8e-3, min_lr=1.6e-4,
@@ -21,8 +24,9 @@ RUN_PRESETS = {
         sample_every=0, sample_prompt="", save_every=1_300, print_every=100, device="cpu",
         dtype="float32"),
 }
-# the first five are known to run the 124M recipe on one such GPU; the others are careful guesses
-MACHINE_PRESETS = {
+# people have reported the 124M run on one GPU with each of the first five; the last three are
+# careful guesses
+MACHINE_PRESETS: dict[str, dict] = {
     "a100-40g": dict(B=48, dtype="bfloat16", compile=True, compile_mode="reduce-overhead"),
     "a100-80g": dict(B=64, dtype="bfloat16", compile=True, compile_mode="reduce-overhead"),
     "5090": dict(B=48, dtype="bfloat16", compile=True, compile_mode="max-autotune"),
@@ -32,64 +36,104 @@ MACHINE_PRESETS = {
     "mps": dict(B=4, dtype="float32", compile=False),
     "cpu": dict(B=4, dtype="float32", compile=False),
 }
+MODEL_SIZES: dict[str, dict] = {
+    "gpt2": dict(n_layer=12, n_head=12, n_embd=768),  # 124M parameters
+    "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),  # 350M
+    "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),  # 774M
+    "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),  # 1558M
+}
+PRESET_NAMES = (*RUN_PRESETS, "auto", *MACHINE_PRESETS)
 GIB = 2**30
 
+AFTER_THE_DEMO = """\
+next: python sample.py --style creative      # more of what it writes
+next: python fineweb.py --source FILE.txt --tokenizer bpe:1536 --out my_data && \
+python train_gpt2.py --preset demo --data_dir my_data      # learn your own text
+next: python fineweb.py && torchrun --nproc_per_node=8 train_gpt2.py      # the real GPT-2 124M"""
 
-def settings(preset):
-    """Flags and their values for a machine's name, or for this one with "auto"."""
+
+def model_sizes(config, vocab_size: int = GPT2_VOCAB_SIZE) -> dict:
+    """Keywords of GPTConfig for a TrainConfig: the sizes of --model, unless other flags differ."""
+    sizes = dict(MODEL_SIZES[config.model], block_size=config.block_size, vocab_size=vocab_size)
+    for name in ("n_layer", "n_head", "n_embd"):
+        if getattr(config, name) is not None:
+            sizes[name] = getattr(config, name)
+    return sizes
+
+
+def parse_command_line(config_class: type, docstring: str, argv: list[str] | None = None) -> tuple:
+    """(preset or None, TrainConfig) from a command line. Its flags win over the preset's values."""
+    parser = make_parser(docstring)
+    parser.add_argument("--preset", choices=PRESET_NAMES,
+                        help="values for other flags: a run, or what suits a machine")
+    add_options(parser, config_class)
+    preset = parser.parse_known_args(argv)[0].preset
+    parser.set_defaults(**preset_flags(preset))
+    args = vars(parser.parse_args(argv))
+    del args["preset"]
+    if preset and preset not in RUN_PRESETS:
+        args["B"] = fit_B(args["B"], args["T"], args["total_batch_size"])
+    return preset, config_class(**args)
+
+
+def preset_flags(preset: str | None) -> dict:
+    """{flag: value} of a preset. "auto" stands for this machine's preset, None for no preset."""
+    if preset is None:
+        return {}
+    if preset in RUN_PRESETS:
+        return RUN_PRESETS[preset]
     if preset != "auto":
         return MACHINE_PRESETS[preset]
     device = pick_device()
     if device.type != "cuda":
         return MACHINE_PRESETS[device.type]
     properties = torch.cuda.get_device_properties(device)
-    return MACHINE_PRESETS.get(name_gpu(properties.name, properties.total_memory)) or dict(
-        B=max(int(0.8 * properties.total_memory / GIB), 1))  # 64 on 80 GiB, and so on down
+    name = name_gpu(properties.name, properties.total_memory)
+    if name is None:
+        # 64 on 80 GiB, and less in proportion
+        return dict(B=max(int(0.8 * properties.total_memory / GIB), 1))
+    return MACHINE_PRESETS[name]
 
 
-def name_gpu(name, total_memory):
-    """The key of MACHINES for what CUDA calls a GPU and its memory in bytes, or None."""
+def name_gpu(name: str, total_memory: int) -> str | None:
+    """The MACHINE_PRESETS key for a GPU's name in CUDA and its memory in bytes, or None."""
     if "A100" in name:
         return "a100-80g" if total_memory > 60 * GIB else "a100-40g"
     words = name.lower().replace("-", " ").split()
     return next((key for key in ("h100", "5090", "4090", "t4") if key in words), None)
 
 
-def divisors_around(B, sequences):
-    """(largest divisor of `sequences` up to B or None, smallest one above B or None)."""
-    legal = [n for n in range(1, sequences + 1) if sequences % n == 0]
-    return (max((n for n in legal if n <= B), default=None),
-            min((n for n in legal if n > B), default=None))
+def nearest_divisors(B: int, sequences: int) -> tuple[int | None, int | None]:
+    """The largest divisor of `sequences` up to B, and the smallest one above B; None if none."""
+    divisors = [n for n in range(1, sequences + 1) if sequences % n == 0]
+    return (max((n for n in divisors if n <= B), default=None),
+            min((n for n in divisors if n > B), default=None))
 
 
-def count_micro_steps(config, world_size):
-    """grad_accum_steps of a TrainConfig; raises UserError with numbers that fit if they do not."""
-    B, T, total = config.B, config.T, config.total_batch_size
-    if total % (B * T * world_size) == 0:
-        return total // (B * T * world_size)
-    sequences, rest = divmod(total, T * world_size)
+def fit_B(B: int, T: int, total_batch_size: int) -> int:
+    """The largest B, up to the B given, that divides an update. Prints a line if it is smaller."""
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    sequences, rest = divmod(total_batch_size, max(T, 1) * world_size)
+    if rest or B < 1:
+        return B  # check_batch_size will say what is wrong
+    fitting = nearest_divisors(B, sequences)[0] or B
+    if fitting != B and env_rank() == 0:
+        print(f"B {B} does not divide the {sequences} sequences of an update on each process: "
+              f"B {fitting} instead")
+    return fitting
+
+
+def check_batch_size(B: int, T: int, total_batch_size: int, world_size: int) -> None:
+    """Raise UserError, with the nearest numbers that fit, unless micro-steps fill an update."""
+    if total_batch_size % (B * T * world_size) == 0:
+        return
+    sequences, rest = divmod(total_batch_size, T * world_size)
     if rest or not sequences:
         near = {max(sequences, 1) * T * world_size, (sequences + 1) * T * world_size}
-        raise UserError(f"--total_batch_size {total} is no multiple of T x processes = {T} x "
-                        f"{world_size}: the nearest that are: {', '.join(map(str, sorted(near)))}")
-    near = [n for n in divisors_around(B, sequences) if n]
+        raise UserError(f"--total_batch_size {total_batch_size} is not a multiple of T x processes "
+                        f"= {T} x {world_size}: the nearest that are: "
+                        f"{', '.join(map(str, sorted(near)))}")
+    fitting = [str(n) for n in nearest_divisors(B, sequences) if n]
     raise UserError(f"B x T x processes = {B} x {T} x {world_size} does not divide "
-                    f"total_batch_size {total}: the nearest --B that do: "
-                    f"{', '.join(map(str, near))}")
-
-
-def fit_B(config):
-    """The B of a machine's preset, lowered until it divides the update; says so if it was."""
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    sequences, rest = divmod(config.total_batch_size, max(config.T, 1) * world_size)
-    B = config.B if rest or config.B < 1 else divisors_around(config.B, sequences)[0] or config.B
-    if B != config.B and env_rank() == 0:
-        print(f"B {config.B} does not divide the {sequences} sequences of an update on each "
-              f"process: B {B} instead")
-    return B
-
-
-# -----------------------------------------------------------------------------
-# --check
-
-
+                    f"total_batch_size {total_batch_size}: the nearest --B that do: "
+                    f"{', '.join(fitting)}")

@@ -1,73 +1,83 @@
 """
-What a run tells while it trains: log.txt, run.json and, where asked for, TensorBoard and wandb.
+What a run records while it trains: log.txt, run.json and, on request, TensorBoard and wandb.
+
+log.txt has one line "step stream value" for each number, for example "250 val 3.5818". run.json
+holds the run's configuration.
 """
 
-import itertools
 import os
 import re
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from gpt2lab.checkpoints import list_checkpoints
 from gpt2lab.cli import UserError
 from gpt2lab.files import read_json, write_atomically, write_json
 from gpt2lab.shards import read_meta
 
-RUN_FILES = ("log.txt", "run.json", "loss.png", "tensorboard")  # what it leaves beside checkpoints
+# what a run leaves in its log folder, checkpoints apart
+RUN_FILES = ("log.txt", "run.json", "loss.png", "tensorboard")
 
 
-def open_logger(config, start_step=0, resumed_from=None):
+# -----------------------------------------------------------------------------
+# writing
+
+
+def open_logger(config: Any, start_step: int = 0,
+                resumed_from: str | Path | None = None) -> Callable[..., None]:
     """
-    Make the log folder of a TrainConfig ready for a run from `start_step` on, and return its
-    log(step, **values): it appends lines of "step stream value" to log.txt and gives the same
-    scalars to TensorBoard (event files in log_dir/tensorboard) and wandb where the config says so.
-    Raises UserError, before anything is written, if a package is missing or wandb refuses.
+    Prepare the log folder of a TrainConfig for a run from `start_step` on, and write run.json.
+    Returns log(step, **values), which appends one line for each value to log.txt and sends the same
+    values to TensorBoard (event files in log_dir/tensorboard) and wandb if the config says so.
+    Raises UserError, before anything is written, if a package is missing or wandb does not start.
     """
     log_dir = Path(config.log_dir)
     SummaryWriter = import_tensorboard() if config.tensorboard else None
-    run = start_wandb(config.wandb, config) if config.wandb else None
-    log_file = start_log_dir(log_dir, start_step, resumed_from)
+    wandb_run = start_wandb(config.wandb, config) if config.wandb else None
+    prepare_log_dir(log_dir, start_step, resumed_from)
     meta = read_meta(config.data_dir)
     write_json(log_dir / "run.json", {
         **asdict(config), "vocab_size": meta["vocab_size"],
-        "source": meta.get("recipe", {}).get("source")})  # plot.py draws the axes by it
-    # after a resume, TensorBoard forgets what is logged anew
-    board = (SummaryWriter(str(log_dir / "tensorboard"), purge_step=start_step or None)
-             if config.tensorboard else None)
+        "source": meta.get("recipe", {}).get("source")})  # tells plot.py whether losses compare
+    # purge_step: TensorBoard drops what was logged from start_step on, because it is logged again
+    tensorboard = (SummaryWriter(str(log_dir / "tensorboard"), purge_step=start_step or None)
+                   if SummaryWriter else None)
 
-    waiting = []  # lines that a full disk has no room for yet
+    log_file = log_dir / "log.txt"
+    unwritten: list[str] = []  # lines for which a full disk has had no room yet
 
-    def log(step, **values):
-        waiting.extend(f"{step} {name} {value:.6g}\n" for name, value in values.items())
+    def log(step: int, **values: float) -> None:
+        unwritten.extend(f"{step} {name} {value:.6g}\n" for name, value in values.items())
         try:
-            append(log_file, "".join(waiting))
-            waiting.clear()
+            append_text(log_file, "".join(unwritten))
+            unwritten.clear()
         except OSError as error:
-            if len(waiting) <= len(values):  # once, not for every step
+            if len(unwritten) <= len(values):  # warn once, not at every step
                 print(f"warning: {log_file} waits until there is room: {error}")
-        if run:
-            run.log(values, step=step)
-        if board:
+        if wandb_run:
+            wandb_run.log(values, step=step)
+        if tensorboard:
             for name, value in values.items():
-                board.add_scalar(name, value, step)
-            board.flush()  # a run may be killed at any moment
+                tensorboard.add_scalar(name, value, step)
+            tensorboard.flush()  # a run may be killed at any moment
 
     return log
 
 
-def append(path, text):
-    """Add text to a file, or nothing of it: raises OSError and leaves the file as it was."""
-    before = path.stat().st_size if path.exists() else 0
+def append_text(path: Path, text: str) -> None:
+    """Append text to a file. If that fails, the file stays as it was, and OSError is raised."""
+    size_before = path.stat().st_size if path.exists() else 0
     try:
         with open(path, "a", encoding="utf-8") as file:
             file.write(text)
     except OSError:
-        os.truncate(path, before)
+        os.truncate(path, size_before)
         raise
 
 
-def import_tensorboard():
-    """torch's writer of TensorBoard's event files; the package behind it is optional."""
+def import_tensorboard() -> Any:
+    """torch's SummaryWriter class, which needs the optional package tensorboard."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
@@ -76,8 +86,8 @@ def import_tensorboard():
     return SummaryWriter
 
 
-def start_wandb(project, config):
-    """A wandb run; every start of train_gpt2.py is one, named for its log folder."""
+def start_wandb(project: str, config: Any) -> Any:
+    """A new wandb run in a project, named after the log folder of a TrainConfig."""
     try:
         import wandb
     except ImportError:
@@ -86,58 +96,82 @@ def start_wandb(project, config):
     try:
         return wandb.init(project=project, name=Path(config.log_dir).resolve().name,
                           config=asdict(config))
-    except Exception as error:  # not logged in, no network: several kinds
-        raise UserError(f"wandb does not start ({error}): give wandb login, or set "
+    except Exception as error:  # not logged in, no network: wandb raises several types
+        raise UserError(f"wandb does not start ({error}): run wandb login, or set "
                         "WANDB_MODE=offline") from error
 
 
-def start_log_dir(log_dir, start_step, resumed_from=None):
+# -----------------------------------------------------------------------------
+# the log folder before a run
+
+
+def prepare_log_dir(log_dir: Path, start_step: int, resumed_from: str | Path | None) -> None:
     """
-    Make log_dir ready for a run from `start_step` on, and return the path of log.txt. Whatever an
-    earlier run left that this one does not continue goes to previous_N; lines of log.txt that a
-    resumed run is going to write again are cut.
+    Make the log folder of a run that starts at `start_step`, and clear it of what is not part of
+    this run. Files of an earlier run, and checkpoints past `start_step` of the same run, are moved
+    into previous_N. Lines of log.txt that a resumed run will write again are cut.
     """
-    log_dir = Path(log_dir)
     log_dir.mkdir(parents=True, exist_ok=True)
-    for path in log_dir.glob("model_*.tmp"):  # of a run that was killed while it saved
+    for path in log_dir.glob("model_*.tmp"):  # half a checkpoint of a run that was killed
         path.unlink()
-    log_file = log_dir / "log.txt"
-    ours = resumed_from is not None and Path(resumed_from).resolve().parent == log_dir.resolve()
-    last = start_step if ours else -1
-    aside = [path for step, path in list_checkpoints(log_dir).items() if step > last]
-    if not ours:
-        aside += [path for name in RUN_FILES if (path := log_dir / name).exists()]
-    if aside:
-        folder = next(p for n in itertools.count(1)
-                      if not (p := log_dir / f"previous_{n}").exists())
-        folder.mkdir()
-        for path in aside:
-            path.rename(folder / path.name)
-        print(f"{log_dir} held an earlier run, now in {folder}" if not ours else
-              f"what {log_dir} held past step {start_step} is now in {folder}")
-    if log_file.exists():
-        cut_log(log_file, start_step)
-    return log_file
+    resumed_folder = Path(resumed_from).resolve().parent if resumed_from else None
+    continues = resumed_folder == log_dir.resolve()
+    old_files = find_old_files(log_dir, start_step, continues)
+    if old_files:
+        folder = move_to_previous(log_dir, old_files)
+        print(f"what {log_dir} held past step {start_step} is now in {folder}" if continues else
+              f"{log_dir} held an earlier run, now in {folder}")
+    cut_log(log_dir / "log.txt", start_step)
 
 
-def cut_log(log_file, start_step):
-    """Drop the lines of log.txt from a step on, and half a line that a killed run left."""
+def find_old_files(log_dir: Path, start_step: int, continues: bool) -> list[Path]:
+    """
+    Files in a log folder that are not part of the run about to start: checkpoints past `start_step`
+    if the run continues the one in the folder, otherwise everything that a run leaves there.
+    """
+    from gpt2lab.checkpoints import list_checkpoints  # imports torch, which plot.py does without
+    paths = list_checkpoints(log_dir)
+    if continues:
+        return [path for step, path in paths.items() if step > start_step]
+    return [*paths.values(), *(log_dir / name for name in RUN_FILES if (log_dir / name).exists())]
+
+
+def move_to_previous(log_dir: Path, paths: list[Path]) -> Path:
+    """Move files of a log folder into previous_N, the first unused one, and return its path."""
+    number = 1
+    while (log_dir / f"previous_{number}").exists():
+        number += 1
+    folder = log_dir / f"previous_{number}"
+    folder.mkdir()
+    for path in paths:
+        path.rename(folder / path.name)
+    return folder
+
+
+def cut_log(log_file: Path, start_step: int) -> None:
+    """Drop the lines of log.txt from `start_step` on, and a line that a killed run left half."""
+    if not log_file.exists():
+        return
     lines = log_file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
     kept = [line for line in lines if re.fullmatch(r"\d+ \S+ \S+\n", line)
             and int(line.split()[0]) < start_step]
     write_atomically(log_file, lambda file: file.write("".join(kept).encode("utf-8")))
 
 
-def read_log(log_dir):
+# -----------------------------------------------------------------------------
+# reading
+
+
+def read_log(log_dir: str | Path) -> dict[str, tuple[list[int], list[float]]]:
     """
-    {stream: (steps, values)} of log_dir/log.txt, two lists each, by step. A step that was done
-    twice counts as it came out last. Damaged lines are skipped: a killed run may leave one. Raises
-    UserError if there is no log.
+    {stream: (steps, values)} of log_dir/log.txt, sorted by step. If a step was logged twice, its
+    last value counts. Damaged lines, which a killed run may leave, are skipped. Raises UserError if
+    there is no log.txt or it has no lines yet.
     """
     path = Path(log_dir) / "log.txt"
     if not path.is_file():
         raise UserError(f"{log_dir} has no log.txt: name the log folder of a run")
-    streams = {}
+    streams: dict[str, dict[int, float]] = {}
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:
         try:
             step, stream, value = line.split()
@@ -146,10 +180,11 @@ def read_log(log_dir):
             continue
     if not streams:
         raise UserError(f"{path} holds no line of 'step stream value' yet")
-    return {name: (sorted(at), [at[step] for step in sorted(at)]) for name, at in streams.items()}
+    return {stream: (sorted(by_step), [by_step[step] for step in sorted(by_step)])
+            for stream, by_step in streams.items()}
 
 
-def read_run(log_dir):
-    """run.json, which a run leaves beside its log.txt, as a dict; empty if there is none."""
+def read_run(log_dir: str | Path) -> dict:
+    """The content of log_dir/run.json, or {} if there is no such file."""
     path = Path(log_dir) / "run.json"
     return read_json(path) if path.is_file() else {}

@@ -1,4 +1,9 @@
-"""The shard format: names of the files, meta.json, opening a split, verifying a folder."""
+"""
+The shard format, and reading it: file names, meta.json, opening a split, verifying a folder.
+
+A shard is a .npy file with a 1-D array of token ids, uint16 or uint32. Each document is preceded by
+the end-of-text token. fineweb.py writes shards.
+"""
 
 import json
 import re
@@ -9,35 +14,58 @@ import numpy as np
 
 from gpt2lab.cli import UserError
 from gpt2lab.files import read_json, sha256
-from gpt2lab.tokenizer import Tokenizer
+from gpt2lab.tokenizer import GPT2_EOT, GPT2_VOCAB_SIZE, Tokenizer
 
 FORMAT_VERSION = 1
 SPLITS = ("val", "train")
+FIRST_INDEX = {"val": 0, "train": 1}  # number of a split's first shard
 SHARD_NAME = re.compile(r"edufineweb_(val|train)_(\d{6})\.npy")
-HEAD_TOKENS = 4096  # what the quick checksum of a shard covers
+HEAD_TOKENS = 4096  # how many tokens the quick checksum of a shard covers
+CHECKED_IDS = 100_000  # how many tokens of each shard are compared with the vocabulary on opening
 
 
-def read_meta(data_dir):
-    """meta.json of a folder of shards; a folder without one (build-nanogpt's) counts as gpt2."""
+# -----------------------------------------------------------------------------
+# names, and what a folder says about itself
+
+
+def shard_name(split: str, index: int) -> str:
+    """File name of a shard; `index` starts at FIRST_INDEX[split]."""
+    return f"edufineweb_{split}_{index:06d}.npy"
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The dtype that stores the token ids of a vocabulary: uint16, or uint32 for a large one."""
+    return np.dtype("uint16" if vocab_size <= 65_535 else "uint32")
+
+
+def read_meta(data_dir: str | Path) -> dict:
+    """
+    The dict in meta.json of a folder of shards. A folder without meta.json counts as gpt2, because
+    build-nanogpt writes none. Raises UserError if fineweb.py has not finished the folder.
+    """
     path = Path(data_dir) / "meta.json"
     if path.is_file():
         return read_json(path)
     if next(Path(data_dir).glob("in_progress_*.json"), None):
-        raise UserError(f"{data_dir} is half done: give the fineweb.py command that began it again")
-    return {"tokenizer": "gpt2", "vocab_size": 50257, "eot": 50256}
+        raise UserError(f"{data_dir} is half done: run the same fineweb.py command again to finish "
+                        "it")
+    return {"tokenizer": "gpt2", "vocab_size": GPT2_VOCAB_SIZE, "eot": GPT2_EOT}
 
 
-def fingerprint(data_dir):
-    """A short text that differs for folders of other tokens, wherever they lie."""
+def fingerprint(data_dir: str | Path) -> str:
+    """Hash of a shard folder's contents, 16 hexadecimal digits, independent of its path."""
     meta = read_meta(data_dir)
-    shards = [(path.name, path.stat().st_size) for split in SPLITS
-              for path in find_shards(data_dir, split)]
-    known = [meta["tokenizer"], meta.get("tokenizer_sha256"), meta.get("shards"), shards]
-    return sha256(json.dumps(known, sort_keys=True).encode("utf-8"))[:16]
+    files = [(path.name, path.stat().st_size) for split in SPLITS
+             for path in find_shards(data_dir, split)]
+    contents = [meta["tokenizer"], meta.get("tokenizer_sha256"), meta.get("shards"), files]
+    return sha256(json.dumps(contents, sort_keys=True).encode("utf-8"))[:16]
 
 
-def load_data_tokenizer(data_dir):
-    """The tokenizer that a folder of shards was made with."""
+def load_data_tokenizer(data_dir: str | Path) -> Tokenizer:
+    """
+    The tokenizer that a folder of shards was made with. Raises UserError if its file is missing or
+    is not the file that meta.json describes.
+    """
     meta = read_meta(data_dir)
     if "tokenizer_file" not in meta:
         return Tokenizer(meta["tokenizer"])
@@ -46,97 +74,120 @@ def load_data_tokenizer(data_dir):
         raise UserError(f"{path} is missing: make {data_dir} again with fineweb.py")
     model = path.read_text(encoding="utf-8")
     if sha256(model.encode("utf-8")) != meta["tokenizer_sha256"]:
-        raise UserError(f"{path} is not the tokenizer {data_dir} was made with: make it again")
+        raise UserError(f"{path} is not the tokenizer that {data_dir} was made with: bring that "
+                        "file back, or make the folder again")
     return Tokenizer(meta["tokenizer"], model)
 
 
-def find_shards(data_dir, split):
-    """Sorted paths of a split's shards. Raises UserError where one is missing in the middle."""
+# -----------------------------------------------------------------------------
+# opening a split
+
+
+def find_shards(data_dir: str | Path, split: str) -> list[Path]:
+    """
+    Sorted paths of a split's shards, [] if there are none. Raises UserError if a shard is missing
+    between two others.
+    """
     folder = Path(data_dir)
     found = {}
-    for path in folder.iterdir() if folder.is_dir() else ():
-        match = SHARD_NAME.fullmatch(path.name)  # neither strays nor temporary files
+    for path in folder.glob("edufineweb_*.npy"):
+        match = SHARD_NAME.fullmatch(path.name)  # None for temporary and foreign files
         if match and match.group(1) == split:
             found[int(match.group(2))] = path
-    if found and sorted(found) != list(range(min(found), min(found) + len(found))):
-        missing = min(set(range(min(found), max(found))) - set(found))
-        raise UserError(f"{folder} lacks edufineweb_{split}_{missing:06d}.npy: bring it back, or "
-                        "make the folder again")
+    if not found:
+        return []
+    for index in range(min(found), max(found)):
+        if index not in found:
+            raise UserError(f"{folder} lacks {shard_name(split, index)}: bring it back, or make "
+                            "the folder again")
     return [found[index] for index in sorted(found)]
 
 
-def open_shard(path):
+def open_shard(path: Path) -> np.memmap:
     """A shard as a read-only memory map, 1-D uint16 or uint32. Raises UserError for other files."""
     try:
         tokens = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError) as error:
-        raise UserError(f"{path} is truncated or no .npy file ({error}): make it again") from error
+        raise UserError(f"{path} is truncated or not a .npy file ({error}): make it again with "
+                        "fineweb.py") from error
     if tokens.ndim != 1 or tokens.dtype not in (np.uint16, np.uint32):
-        raise UserError(f"{path} is no token shard: it holds {tokens.ndim}-D {tokens.dtype}, "
-                        "not 1-D uint16 or uint32; remove it or make it with fineweb.py")
+        raise UserError(f"{path} is not a token shard, because it holds {tokens.ndim}-D "
+                        f"{tokens.dtype}, not 1-D uint16 or uint32: remove it, or make it again "
+                        "with fineweb.py")
     return tokens
 
 
-def open_split(data_dir, split):
+def open_split(data_dir: str | Path, split: str) -> list[tuple[Path, np.memmap]]:
     """
-    Open a split as meta.json describes it: [(path, memory map)]. Raises UserError for a shard that
-    is missing, damaged, of another tokenizer or of another folder; reads little of each.
+    [(path, read-only memory map)] of a split's shards, in order. Raises UserError if there are
+    none, or for a shard that is missing, damaged, of another tokenizer or of another folder. Only
+    the first tokens of each shard are read.
     """
     meta = read_meta(data_dir)
-    listed = {s["name"]: s for s in meta.get("shards", [])}
+    listed = {entry["name"]: entry for entry in meta.get("shards", [])}
     shards = [(path, open_shard(path)) for path in find_shards(data_dir, split)]
+    if not shards:
+        problem = "holds no" if Path(data_dir).is_dir() else "does not exist, so there is no"
+        raise UserError(f"{data_dir} {problem} {split} shard: run python fineweb.py --out "
+                        f"{data_dir} (or name another --data_dir)")
     for path, tokens in shards:
-        check_ids(tokens[:100_000], meta["vocab_size"], path)
+        check_ids(tokens[:CHECKED_IDS], meta["vocab_size"], path)
         entry = listed.get(path.name)
-        if listed and (entry is None or describe_head(tokens) != entry["head"]):
-            raise UserError(f"{path} is not the shard that meta.json describes: are two data sets "
-                            "mixed here? bring back the right one, or make the folder again")
-    lost = {n for n in listed if f"_{split}_" in n} - {path.name for path, _ in shards}
-    if lost and shards:
-        raise UserError(f"{data_dir} lacks {min(lost)}: bring it back or make the folder again")
+        if listed and (entry is None or head_checksum(tokens) != entry["head"]):
+            raise UserError(f"{path} is not the shard that meta.json describes, so two data sets "
+                            "may be mixed here: bring back the right shard, or make the folder "
+                            "again")
+    missing = {name for name in listed if f"_{split}_" in name} - {path.name for path, _ in shards}
+    if missing:
+        raise UserError(f"{data_dir} lacks {min(missing)}: bring it back, or make the folder again")
     return shards
 
 
-def check_ids(tokens, vocab_size, path):
-    """Raise UserError if a token id is outside of the vocabulary."""
+def check_ids(tokens: np.ndarray, vocab_size: int, path: Path) -> None:
+    """Raise UserError if a token id is outside the vocabulary; `path` is the file they are from."""
     if len(tokens) and tokens.max() >= vocab_size:
         raise UserError(f"{path} has token id {tokens.max()}, but the vocabulary has only "
-                        f"{vocab_size} tokens: the shard is of another tokenizer")
+                        f"{vocab_size} tokens, so the shard is of another tokenizer: bring back "
+                        "the right shard, or make the folder again")
 
 
-def describe_head(tokens):
-    """A quick mark of a shard's content: dtype, length and the CRC of its first tokens."""
+def head_checksum(tokens: np.ndarray) -> str:
+    """A quick checksum of a shard: its dtype, its length and the CRC-32 of its first tokens."""
     head = np.ascontiguousarray(tokens[:HEAD_TOKENS])
     return f"{tokens.dtype} {len(tokens)} {zlib.crc32(head.tobytes()):08x}"
 
 
-def shard_name(split, index):
-    """File name of a shard; val starts at 0, train at 1."""
-    return f"edufineweb_{split}_{index:06d}.npy"
+# -----------------------------------------------------------------------------
+# verifying and describing a folder
 
 
-def verify(data_dir):
-    """Print a table of the shards of a folder; raises UserError if anything about it is wrong."""
-    if not find_shards(data_dir, "train") + find_shards(data_dir, "val"):
-        raise UserError(f"{data_dir} holds no shards")
-    meta = read_meta(data_dir)
-    listed = {shard["name"]: shard for shard in meta.get("shards", ())}
-    damage = 0
+def verify(data_dir: str | Path) -> None:
+    """
+    Read all shards of a folder and print a line about each, "good" or what is wrong with it. Raises
+    UserError if anything about the folder is wrong.
+    """
     found = find_shards(data_dir, "val") + find_shards(data_dir, "train")
+    if not found:
+        raise UserError(f"{data_dir} holds no shards: make them with fineweb.py, or name another "
+                        "folder")
+    meta = read_meta(data_dir)
+    listed = {entry["name"]: entry for entry in meta.get("shards", [])}
     names = sorted(set(listed) | {path.name for path in found})
+    num_damaged = 0
     for name in names:
-        trouble = verify_shard(Path(data_dir) / name, listed, meta)
-        damage += trouble is not None
-        print(f"{name}  {listed.get(name, {}).get('tokens', '?'):>12}  {trouble or 'good'}")
+        damage = find_damage(Path(data_dir) / name, listed, meta)
+        num_damaged += damage is not None
+        print(f"{name}  {listed.get(name, {}).get('tokens', '?'):>12}  {damage or 'good'}")
     if "tokenizer_file" in meta:
         load_data_tokenizer(data_dir)
-    if damage:
-        raise UserError(f"{damage} of {len(names)} shards of {data_dir} are damaged: make it again")
+    if num_damaged:
+        raise UserError(f"{num_damaged} of {len(names)} shards of {data_dir} are damaged: bring "
+                        "back the right shards, or make the folder again")
     print(f"{data_dir} is whole: {len(names)} shards" + ("" if listed else ", without checksums"))
 
 
-def verify_shard(path, listed, meta):
-    """What is wrong with a shard, in a few words, or None."""
+def find_damage(path: Path, listed: dict[str, dict], meta: dict) -> str | None:
+    """What is wrong with a shard, or None. `listed` is {file name: its entry in meta.json}."""
     if not path.is_file():
         return "is missing"
     if listed and path.name not in listed:
@@ -147,7 +198,7 @@ def verify_shard(path, listed, meta):
     except UserError as error:
         return str(error)
     if "_val_" in path.name and len(tokens) and tokens[0] != meta["eot"]:
-        return "does not open with end-of-text"
+        return "does not begin with end-of-text"
     if listed and str(tokens.dtype) != meta["dtype"]:
         return f"is {tokens.dtype}, not {meta['dtype']}"
     if listed and sha256(np.ascontiguousarray(tokens)) != listed[path.name]["sha256"]:
@@ -155,21 +206,24 @@ def verify_shard(path, listed, meta):
     return None
 
 
-def print_stats(data_dir):
-    """Print the size of each split of a folder, and how it begins."""
+def print_stats(data_dir: str | Path) -> None:
+    """Print a folder's tokenizer, the size of each split, and the first words of each split."""
     meta, tokenizer = read_meta(data_dir), load_data_tokenizer(data_dir)
     print(f"tokenizer {meta['tokenizer']}, {meta['vocab_size']:,} tokens")
     for split in SPLITS:
-        shards = open_split(data_dir, split)
+        shards = open_split(data_dir, split) if find_shards(data_dir, split) else []
         num_tokens = sum(len(tokens) for _, tokens in shards)
-        totals = describe_totals(meta, split)
-        print(f"{split}: {len(shards)} shards, {num_tokens:,} tokens{totals}")
+        print(f"{split}: {len(shards)} shards, {num_tokens:,} tokens{format_totals(meta, split)}")
         if shards:
-            print(f"  {tokenizer.decode(shards[0][1][1:80])!r}")
+            _, first_shard = shards[0]
+            print(f"  {tokenizer.decode(first_shard[1:80])!r}")  # token 0 is mostly end-of-text
 
 
-def describe_totals(meta, split):
-    """Documents and bytes per token of a split, where meta.json tells."""
+def format_totals(meta: dict, split: str) -> str:
+    """
+    ", 59 documents, 2.72 bytes per token" of a split, to append to a line; "" if meta.json does
+    not say or the split is empty.
+    """
     totals = meta.get("splits", {}).get(split)
     if not totals or not totals["tokens"]:
         return ""

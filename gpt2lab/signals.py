@@ -1,44 +1,58 @@
-"""Signals that ask a run to save: SIGTERM and SIGINT to leave after it, SIGUSR1 to go on."""
+"""
+Signals during training: SIGTERM and SIGINT (Ctrl-C) ask a run to save and stop, SIGUSR1 to save and
+continue.
+"""
 
 import signal
 import threading
 import time
+from types import FrameType, TracebackType
+from typing import Any
 
-REPEAT_SECONDS = 1.0  # torchrun passes a Ctrl-C on to processes that have had it already
+REPEAT_SECONDS = 1.0  # within this time, a second SIGINT is the same Ctrl-C, passed on by torchrun
 
 
 class Signals:
     """
-    Notes what is asked for while it is installed (a context manager); the training loop looks at
-    `stop` and `save` between updates. A second Ctrl-C raises KeyboardInterrupt at once.
+    A context manager that records signals instead of acting on them. The training loop reads `stop`
+    and `save` between updates. A second Ctrl-C raises KeyboardInterrupt at once.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.stop = self.save = False
-        self._interrupted_at = None
-        self._previous = {}
+        self._interrupted_at: float | None = None  # time of the first SIGINT, in seconds
+        self._previous_handlers: dict[int, Any] = {}
 
-    def __enter__(self):
+    @staticmethod
+    def ignore_save_requests() -> None:
+        """Ignore SIGUSR1, which would end a process that does not handle it."""
+        if hasattr(signal, "SIGUSR1"):  # Windows has no SIGUSR1
+            signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+
+    def __enter__(self) -> "Signals":
         if threading.current_thread() is threading.main_thread():  # elsewhere Python forbids it
-            handlers = {"SIGTERM": self._on_stop, "SIGINT": self._on_interrupt,
+            handlers = {"SIGTERM": self._on_terminate, "SIGINT": self._on_interrupt,
                         "SIGUSR1": self._on_save}
             for name, handler in handlers.items():
                 if hasattr(signal, name):  # Windows has no SIGUSR1
                     number = getattr(signal, name)
-                    self._previous[number] = signal.signal(number, handler)
+                    self._previous_handlers[number] = signal.signal(number, handler)
         return self
 
-    def __exit__(self, *error):
-        for number, handler in self._previous.items():
-            # whoever is leaving because of a Ctrl-C can still get its repetition
-            leaving = self.stop and self._interrupted_at is not None and error[0] is None
-            if not (number == signal.SIGINT and leaving):
+    def __exit__(self, error_type: type[BaseException] | None, error: BaseException | None,
+                 traceback: TracebackType | None) -> None:
+        # torchrun forwards Ctrl-C, and this second SIGINT may come late. If the run stops because
+        # of Ctrl-C, keep our SIGINT handler installed until the process ends
+        stops_by_interrupt = (self.stop and self._interrupted_at is not None
+                              and error_type is None)
+        for number, handler in self._previous_handlers.items():
+            if not (number == signal.SIGINT and stops_by_interrupt):
                 signal.signal(number, handler)
 
-    def _on_stop(self, number, frame):
+    def _on_terminate(self, number: int, frame: FrameType | None) -> None:
         self.stop = True
 
-    def _on_interrupt(self, number, frame):
+    def _on_interrupt(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         if self._interrupted_at is None:
             self._interrupted_at = now
@@ -46,5 +60,5 @@ class Signals:
             raise KeyboardInterrupt
         self.stop = True
 
-    def _on_save(self, number, frame):
+    def _on_save(self, number: int, frame: FrameType | None) -> None:
         self.save = True

@@ -1,34 +1,44 @@
-"""HellaSwag's examples: where they come from, and how they become tokens."""
+"""HellaSwag's examples: downloading the official files, reading them, turning them into tokens."""
 
 import hashlib
 import json
 import os
 import re
 import time
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 from gpt2lab.cli import UserError
-from gpt2lab.distributed import sum_over_ranks
+from gpt2lab.distributed import Ranks, sum_over_ranks
 from gpt2lab.files import write_atomically
+from gpt2lab.tokenizer import Tokenizer
+
+# -----------------------------------------------------------------------------
+# the official files
 
 DATA_URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_{split}.jsonl"
-DATA_FILE = Path("hellaswag") / "hellaswag_val.jsonl"
-OFFICIAL_FILES = {  # bytes and sha256 of the files
+DATA_FILE = Path("hellaswag") / "hellaswag_val.jsonl"  # the other splits go beside it
+OFFICIAL_FILES = {  # split: (bytes, sha256)
     "train": (47_496_131, "dae5e69249868cb9fe4e23ff925c60b66169564cfb7072d793cd7356a2b69f8d"),
     "val": (12_246_618, "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"),
     "test": (11_752_147, "da082b00543e422b8d25394614d102944586986def4de5cd1bd36d86bcb76261"),
 }
 
 
-def download(split="val"):
+def local_path(split: str) -> Path:
+    """Where download() puts the official file of a split."""
+    return DATA_FILE.with_name(f"hellaswag_{split}.jsonl")
+
+
+def download(split: str = "val") -> Path:
     """
-    Path of a split's official file, fetched unless it is there: train, val (10,042 examples) or
-    test. HELLASWAG_URL names a mirror, "{split}" in it stands for the split. Raises OSError when
-    the network fails five times or the file is not the official one.
+    Download the official file of a split (train, val or test) unless it is there, and return its
+    path. HELLASWAG_URL in the environment names a mirror; "{split}" in it stands for the split.
+    Raises OSError if five attempts fail, or if the file is not the official one.
     """
-    path = DATA_FILE.with_name(f"hellaswag_{split}.jsonl")
+    path = local_path(split)
     if path.is_file():
         return path
     import requests
@@ -39,119 +49,164 @@ def download(split="val"):
             response = requests.get(url, timeout=30)
             response.raise_for_status()
             if len(response.content) < size:
-                raise requests.ConnectionError(f"{len(response.content)} of {size} bytes came")
+                raise requests.ConnectionError(
+                    f"received only {len(response.content)} of {size} bytes")
             break
         except requests.RequestException as error:
             if attempt == 4:
-                raise OSError(f"cannot download {url} ({error}); set HELLASWAG_URL to a mirror, or "
+                raise OSError(f"cannot download {url} ({error}): set HELLASWAG_URL to a mirror, or "
                               f"put the file at {path}") from error
             time.sleep(0.5 * 2 ** attempt)
     if hashlib.sha256(response.content).hexdigest() != sha256:
-        raise OSError(f"{url} is not the official {split} file (its sha256 differs)")
+        raise OSError(f"{url} is not the official {split} file, because its sha256 differs: set "
+                      f"HELLASWAG_URL to another mirror, or put the file at {path}")
     path.parent.mkdir(exist_ok=True)
     write_atomically(path, lambda file: file.write(response.content))
     return path
 
 
-def iterate_examples(path, fields=("ctx", "endings", "label")):
-    """
-    Yield the examples of a HellaSwag .jsonl file: dicts with at least `fields`. Raises UserError
-    that names the line and what it lacks.
-    """
-    number = 1
-    try:
-        with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):  # noqa: B007, errors tell the number
-                yield parse_example(line, fields)
-    except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}, line {number} is no HellaSwag example: {error}") from error
-    except KeyError as error:
-        raise UserError(f"{path}, line {number} lacks {error.args[0]}") from error
+def first_on_node() -> bool:
+    """Whether this process is the first of those that torchrun started on this node."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
-def load_evenly_spaced(limit, ranks):
+def download_on_each_node(split: str, ranks: Ranks) -> Path:
     """
-    Up to `limit` val examples (0: all on CUDA, 200 elsewhere) for evaluation during training, the
-    same ones on every process; none, and a warning, where there is no file to be had.
+    Path of the official file of a split, for all ranks to call together. The first process of each
+    node downloads the file, and the others wait. If any rank lacks the file, every rank raises
+    OSError, so that no rank waits for one that gave up.
     """
-    if os.environ.get("LOCAL_RANK", "0") == "0":  # once on every node
+    error: OSError | None = None
+    if first_on_node():
         try:
-            download()
-        except OSError as error:
+            download(split)
+        except OSError as caught:
+            error = caught
+    path = local_path(split)
+    sum_over_ranks([0], ranks.device)  # waits until every node has finished its download
+    if sum_over_ranks([not path.is_file()], ranks.device)[0]:
+        raise error or OSError(f"another process could not download {path}")
+    return path
+
+
+def load_evenly_spaced(limit: int, ranks: Ranks) -> list[dict]:
+    """
+    Up to `limit` examples of the val split for evaluation during training, the same on every rank.
+    With `limit` 0: all examples on CUDA, 200 on other devices. Prints a warning and returns an
+    empty list if the file cannot be downloaded.
+    """
+    try:
+        path = download_on_each_node("val", ranks)
+    except OSError as error:
+        if first_on_node():
             print(f"warning: training goes on without HellaSwag: {error}")
-    sum_over_ranks([0], ranks.device)  # wait for it
-    # everybody or nobody, or processes would part ways
-    if sum_over_ranks([not DATA_FILE.is_file()], ranks.device)[0]:
         return []
-    examples = list(iterate_examples(DATA_FILE))
+    examples = list(iterate_examples(path))
     limit = limit or (len(examples) if ranks.device.type == "cuda" else 200)
-    stride = max(len(examples) / limit, 1)  # evenly spaced, since the file is sorted by kind
+    # the file is sorted by kind, so the first examples alone would not represent it
+    stride = max(len(examples) / limit, 1)
     return [examples[int(i * stride)] for i in range(min(limit, len(examples)))]
 
 
-def parse_example(line, fields):
-    """The example in a line of JSON; raises one of several errors if it is none."""
-    example = json.loads(line)
+# -----------------------------------------------------------------------------
+# reading a file
+
+
+def iterate_examples(
+        path: Path, fields: Sequence[str] = ("ctx", "endings", "label")) -> Iterator[dict]:
+    """
+    Yield the examples of a HellaSwag .jsonl file, dicts with at least `fields`. Raises UserError
+    that says which line is wrong, and what is wrong with it.
+    """
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                yield parse_example(line, fields)
+            except ValueError as error:
+                raise UserError(f"{path}, line {number} {error}") from error
+
+
+def parse_example(line: bytes, fields: Sequence[str]) -> dict:
+    """The example in a line of JSON. Raises ValueError whose message follows "line 7 "."""
+    try:
+        example = json.loads(line.decode("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"is not JSON in UTF-8 ({error})") from error
+    if not isinstance(example, dict):
+        raise ValueError("is not a JSON object")
     missing = [field for field in fields if field not in example]
     if missing:
-        raise KeyError(", ".join(missing))
+        raise ValueError(f"lacks {', '.join(missing)}")
+    endings = example["endings"]
+    if not isinstance(endings, list) or len(endings) != 4:
+        raise ValueError("must have four endings")
     texts = [example[field] for field in fields if field not in ("endings", "label")]
-    good = (len(example["endings"]) == 4
-            and all(isinstance(text, str) for text in (*texts, *example["endings"]))
-            and ("label" not in fields or int(example["label"]) in range(4)))
-    if not good:
-        raise KeyError("texts, four endings or a label from 0 to 3")
+    if not all(isinstance(text, str) for text in (*texts, *endings)):
+        raise ValueError("has a context or an ending that is not text")
+    # some copies of HellaSwag store the label as text
+    if "label" in fields and example["label"] not in (0, 1, 2, 3, "0", "1", "2", "3"):
+        raise ValueError("must have a label from 0 to 3")
     return example
 
 
-def clean_text(text):
-    """Text of an example as the Eleuther harness (lm-eval, its task hellaswag) cleans it."""
-    # WikiHow's marks: [title] stands between sentences, [header], [step] and others go
+# -----------------------------------------------------------------------------
+# text to tokens
+
+
+def lm_eval_clean(text: str) -> str:
+    """A text of an example, cleaned as the hellaswag task of lm-eval (Eleuther's harness) does."""
+    # the texts from WikiHow contain marks. [title] separates two sentences and becomes a full stop.
+    # All other marks, such as [header], [step] and [substeps], are removed
     text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
     return text.replace("  ", " ")
 
 
-def harness_texts(example):
-    """(context, endings) as the Eleuther harness words them: cleaned, after the activity."""
+def lm_eval_texts(example: dict) -> tuple[str, list[str]]:
+    """(context, endings) as lm-eval words them: cleaned, with the activity before the context."""
     context = f"{example['ctx_a']} {example['ctx_b'].capitalize()}"
-    context = clean_text(f"{example['activity_label']}: {context}")
-    return context, [clean_text(ending) for ending in example["endings"]]
+    context = lm_eval_clean(f"{example['activity_label']}: {context}")
+    return context, [lm_eval_clean(ending) for ending in example["endings"]]
 
 
-class Rendered(NamedTuple):
-    """An example as token ids: four sequences, each a context and one of the endings."""
+class RenderedExample(NamedTuple):
+    """An example as token ids: four rows, each the context followed by one of the endings."""
 
-    rows: list  # four lists of token ids
-    counts: list  # how many tokens at the end of each row are scored
-    lengths: list  # what a loss is divided by for acc_norm
+    rows: list[list[int]]
+    num_scored: list[int]  # how many tokens at the end of each row are scored
+    norm_lengths: list[int]  # acc_norm divides the summed loss of each row by these
     truncated: bool  # whether a context lost its left part
 
 
-def render_examples(examples, tokenizer, block_size, lm_eval_style=False):
+def render_examples(examples: Sequence[dict], tokenizer: Tokenizer, block_size: int,
+                    lm_eval_style: bool = False) -> list[RenderedExample]:
     """
-    A list of Rendered. A row longer than `block_size` loses the left part of its context. In
-    `lm_eval_style`, context and ending are encoded together, split where the context by itself
-    would end, and a loss is divided by the characters of the ending.
+    The examples as token ids. A row longer than `block_size` loses the left part of its context.
+
+    The completion style encodes the context by itself and each ending after a space, and divides a
+    summed loss by the number of tokens for acc_norm. `lm_eval_style` encodes context and ending
+    together, splits them where the context alone would end, and divides by the number of
+    characters.
     """
+    worded = [lm_eval_texts(example) if lm_eval_style else (example["ctx"], example["endings"])
+              for example in examples]
     texts = []
-    for example in examples:
+    for context, endings in worded:
         if lm_eval_style:
-            context, endings = harness_texts(example)
             texts += [context.rstrip(), *(f"{context} {ending}" for ending in endings)]
         else:
-            texts += [example["ctx"], *(" " + ending for ending in example["endings"])]
-    encoded = iter(tokenizer.encode_batch(texts))
+            texts += [context, *(" " + ending for ending in endings)]
+    encoded = iter(tokenizer.encode_batch(texts))  # five arrays for each example
     rendered = []
-    for example in examples:
-        context, *endings = (tokens.tolist() for tokens in islice(encoded, 5))
+    for _, endings in worded:
+        context_ids, *ending_ids = (tokens.tolist() for tokens in islice(encoded, 5))
         if lm_eval_style:
-            endings = [tokens[len(context):] for tokens in endings]
-        rows = [(context + ending)[-block_size:] for ending in endings]
-        # nothing predicts the first token of a row
-        counts = [max(min(len(ending), len(row) - 1), 0)
-                  for ending, row in zip(endings, rows, strict=True)]
-        lengths = ([max(len(ending), 1) for ending in harness_texts(example)[1]]
-                   if lm_eval_style else [max(count, 1) for count in counts])
-        truncated = any(len(context) + len(ending) > block_size for ending in endings)
-        rendered.append(Rendered(rows, counts, lengths, truncated))
+            ending_ids = [ids[len(context_ids):] for ids in ending_ids]
+        rows = [(context_ids + ids)[-block_size:] for ids in ending_ids]
+        # the first token of a row has no token before it that could predict it
+        num_scored = [max(min(len(ids), len(row) - 1), 0)
+                      for ids, row in zip(ending_ids, rows, strict=True)]
+        lengths = [len(ending) for ending in endings] if lm_eval_style else num_scored
+        truncated = any(len(context_ids) + len(ids) > block_size for ids in ending_ids)
+        rendered.append(RenderedExample(
+            rows, num_scored, [max(length, 1) for length in lengths], truncated))
     return rendered

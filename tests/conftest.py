@@ -1,18 +1,20 @@
-"""What several tests share: a small real text, shards and a run made from it, and scripts."""
+"""What several tests share: a small real text, shards and runs made from it, running scripts."""
 
 import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from pydoc_data import topics
+from typing import NamedTuple
 
 import pytest
 import torch
 
 import fineweb
 import train_gpt2
-from gpt2lab import kernels
+from gpt2lab import kernels, runlog
 from gpt2lab.cli import UserError, run_main
 from gpt2lab.tokenizer import Tokenizer
 
@@ -20,29 +22,41 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def small_text(chars=60_000):
-    """Real English text that every Python carries."""
+    """Real English text that comes with Python."""
     return "\n\n".join(topics.topics[name] for name in sorted(topics.topics))[:chars]
 
 
+# options of a two-layer model that trains for six quick steps
 TINY = dict(n_layer=2, n_head=2, n_embd=32, block_size=32, B=4, T=32, total_batch_size=256,
             max_steps=6, warmup_steps=2, max_lr=1e-3, min_lr=1e-4, hellaswag_every=0,
             plot_every=0, sample_prompt="", device="cpu")
 
 
 def tiny_config(data_dir, log_dir, **changes):
-    """A TrainConfig of a two-layer model that trains for six quick steps."""
+    """A TrainConfig with the options of TINY, except for `changes`."""
     return train_gpt2.TrainConfig(data_dir=str(data_dir), log_dir=str(log_dir), **(TINY | changes))
+
+
+def tiny_flags(**changes):
+    """The options of TINY, except for `changes`, as flags of train_gpt2.py: a list of strings."""
+    flags = []
+    for name, value in (TINY | changes).items():
+        flags += [f"--{name}", str(value)]
+    return flags
 
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
-    """Tiny models gain nothing from a second thread, and lose much where cores are busy."""
+    """
+    Compute on one thread. A second one gains nothing for tiny models, and loses much on busy cores.
+    """
     torch.set_num_threads(1)
-    os.environ["OMP_NUM_THREADS"] = "1"  # and in the processes that tests start
+    os.environ["OMP_NUM_THREADS"] = "1"  # in the processes that tests start, too
 
 
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory):
+    """The small text in a file."""
     path = tmp_path_factory.mktemp("text") / "corpus.txt"
     path.write_text(small_text(), encoding="utf-8")
     return path
@@ -66,6 +80,7 @@ def log_dir(tmp_path_factory, data_dir):
 
 @pytest.fixture
 def gpt2_tokenizer():
+    """GPT-2's own tokenizer. Skips the test where it cannot be loaded."""
     try:
         return Tokenizer("gpt2")
     except UserError:
@@ -74,17 +89,20 @@ def gpt2_tokenizer():
 
 @pytest.fixture
 def real_data():
-    """Folder of real data sets, which a fresh machine does not have."""
+    """A folder of real data sets. Skips the test where there is none, as on a fresh machine."""
     if "GPT2_TEST_DATA" not in os.environ:
         pytest.skip("GPT2_TEST_DATA names no folder of real data")
     return Path(os.environ["GPT2_TEST_DATA"])
 
 
 @pytest.fixture
-def call(monkeypatch, capsys):
-    """Run a script's main in this process; returns (exit code, stdout, stderr)."""
+def call_main(monkeypatch, capsys):
+    """
+    A function that runs a script in this process: call_main(module, *arguments) calls the module's
+    main and returns (exit code, stdout, stderr).
+    """
 
-    def run(module, *args):
+    def call(module, *args):
         monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, args)])
         code = 0
         try:
@@ -94,7 +112,12 @@ def call(monkeypatch, capsys):
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 
-    return run
+    return call
+
+
+@pytest.fixture
+def call(call_main):  # TEMPORARY
+    return call_main
 
 
 def run_script(*args, cwd=None, env=None, timeout=120):
@@ -104,26 +127,32 @@ def run_script(*args, cwd=None, env=None, timeout=120):
                           env={**os.environ, "PYTHONUTF8": "1", **(env or {})})
 
 
-def forked(tmp_path, jobs):
-    """Run jobs for tests/forked.py in one process that forks; returns what each came to."""
+class JobResult(NamedTuple):
+    """How a Job of tests/forked.py ended."""
+
+    exit_codes: list  # one for each rank
+    output: str  # stdout and stderr of all ranks
+
+
+def run_jobs(tmp_path, jobs):
+    """Run Jobs of tests/forked.py, one after the other; returns a JobResult for each."""
     for number, job in enumerate(jobs):
-        job.setdefault("stdout", str(tmp_path / f"job_{number}.out"))
+        job.output_file = str(tmp_path / f"job_{number}.out")
     path = tmp_path / "jobs.json"
-    path.write_text(json.dumps(jobs), encoding="utf-8")
-    done = run_script(ROOT / "tests" / "forked.py", path)
+    path.write_text(json.dumps([asdict(job) for job in jobs]), encoding="utf-8")
+    done = run_script(ROOT / "tests" / "forked.py", path, env={"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
-    results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert len(results) == len(jobs), done.stdout + done.stderr
-    return [result | {"stderr": done.stderr} for result in results]
+    return [JobResult(exit_codes, Path(job.output_file).read_text(encoding="utf-8"))
+            for job, exit_codes in zip(jobs, json.loads(done.stdout), strict=True)]
 
 
 def read_log(log_dir, stream):
-    """{step: value} of one stream of log.txt."""
-    lines = (Path(log_dir) / "log.txt").read_text(encoding="utf-8").split("\n")[:-1]
-    return {int(s): float(v) for s, name, v in map(str.split, lines) if name == stream}
+    """{step: value} of one stream of log.txt, sorted by step; {} if the log has no such stream."""
+    steps, values = runlog.read_log(log_dir).get(stream, ((), ()))
+    return dict(zip(steps, values, strict=True))
 
 
 @pytest.fixture
-def any_size(monkeypatch):
-    """Products of small matrices are done as those of large ones."""
+def onednn_at_any_size(monkeypatch):
+    """Matmuls of small matrices go to oneDNN as those of large ones do."""
     monkeypatch.setattr(kernels, "ONEDNN_MIN_NUMEL", 1)

@@ -1,7 +1,11 @@
 """
-Trains in forked processes, one job after the other: torch is imported once, so that dozens of runs
-can start, talk to each other and be killed in seconds. A parent that has computed gradients cannot
-fork, hence a script of its own: python tests/forked.py JOBS.json prints a JSON line for each job.
+Runs training jobs in forked processes, one job after the other. torch is imported once, so that
+dozens of runs can start, communicate and be killed in seconds.
+
+    python tests/forked.py JOBS.json        # prints a JSON list: each job's exit codes, one a rank
+
+JOBS.json is a list of Jobs as dicts. conftest.run_jobs writes it. A process that has computed
+gradients cannot fork, so pytest cannot do this itself.
 """
 
 import gc
@@ -12,9 +16,9 @@ import signal
 import socket
 import sys
 import time
+import traceback
+from dataclasses import dataclass
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import torch.distributed.checkpoint.state_dict  # or every child would import it
@@ -24,40 +28,58 @@ from gpt2lab.checkpoints import list_checkpoints
 from gpt2lab.cli import UserError
 
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+@dataclass
+class Job:
+    """A run of train_gpt2.train, and what happens to it."""
+
+    config: train_gpt2.TrainConfig
+    world_size: int = 1  # number of processes
+    # SIGKILL the run this many times at random moments and resume it each time, before the run that
+    # may end. Only for one process
+    kills: int = 0
+    # send SIGTERM to this rank as soon as there is a checkpoint of 5 updates or more
+    sigterm_rank: int | None = None
+    # on this rank, the losses of the updates `nan_steps` are NaN
+    nan_rank: int | None = None
+    nan_steps: list[int] | None = None
+    # on this rank, the first call of a compiled model raises an error. The other ranks do not
+    # compile either, but succeed
+    no_compiler_rank: int | None = None
+    output_file: str = ""  # receives the stdout and stderr of all ranks
 
 
-def start(job, rank, port):
+def start_rank(job, rank, port):
     """Fork a process that trains as one rank of a job; returns its pid."""
     pid = os.fork()
     if pid:
         return pid
-    code = 1
+    exit_code = 1
     try:
-        if job.get("world_size", 1) > 1:
+        output = os.open(job.output_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        if job.world_size > 1:
             os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1",
-                              WORLD_SIZE=str(job["world_size"]), MASTER_PORT=str(port))
-        if rank == job.get("nan_rank"):
-            poison(job["nan_steps"])
-        if "no_compiler_rank" in job:
+                              WORLD_SIZE=str(job.world_size), MASTER_PORT=str(port))
+        if rank == job.nan_rank:
+            make_losses_nan(job.nan_steps)
+        if job.no_compiler_rank is not None:
             torch.compile = lambda model, mode: (
-                NoCompiler(model) if rank == job["no_compiler_rank"] else model)
-        os.dup2(os.open(job["stdout"], os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
-        train_gpt2.train(train_gpt2.TrainConfig(**job["config"]))
-        sys.stdout.flush()
-        code = 0
+                NoCompiler(model) if rank == job.no_compiler_rank else model)
+        train_gpt2.train(job.config)
+        exit_code = 0
     except UserError as error:
-        print(error, file=sys.stderr, flush=True)
-        code = 2
+        print(error, file=sys.stderr)
+        exit_code = 2
+    except Exception:
+        traceback.print_exc()
     finally:
-        os._exit(code)
+        sys.stdout.flush()
+        os._exit(exit_code)  # an ordinary exit would run what the parent has registered
 
 
 class NoCompiler(torch.nn.Module):
-    """A compiled model where nothing can compile it."""
+    """A compiled model on a machine where nothing can compile it."""
 
     def __init__(self, model):
         super().__init__()
@@ -67,48 +89,68 @@ class NoCompiler(torch.nn.Module):
         raise RuntimeError("no working C++ compiler")
 
 
-def poison(steps):
-    """Make the loss of these updates NaN, in this process alone."""
-    update = train_gpt2.update
+def make_losses_nan(steps):
+    """From now on, make the losses of these updates NaN in this process."""
+    original = train_gpt2.training_step
 
-    def poisoned(run, step, batches, signals):
-        handle = run.raw_model.transformer.ln_f.register_forward_hook(
-            lambda module, args, output: output * float("nan")) if step in steps else None
-        result = update(run, step, batches, signals)
-        if handle:
-            handle.remove()
+    def training_step(run, step, batches, signals):
+        if step not in steps:
+            return original(run, step, batches, signals)
+        hook = run.raw_model.transformer.ln_f.register_forward_hook(
+            lambda module, args, output: output * float("nan"))
+        result = original(run, step, batches, signals)
+        hook.remove()
         return result
 
-    train_gpt2.update = poisoned
+    train_gpt2.training_step = training_step
 
 
 def wait_for_step(log_dir, step):
-    """Wait until a checkpoint of `step` updates or more is there."""
+    """Wait until there is a checkpoint of `step` updates or more."""
     while max(list_checkpoints(log_dir), default=0) < step:
         time.sleep(0.002)
 
 
-def run(job):
-    """Run a job to its end; a job with "kills" is killed that often at random moments, resumed."""
-    rng, log_dir = random.Random(0), job["config"]["log_dir"]
-    for kill in range(job.get("kills", 0)):
-        pid = start(job, 0, None)
+def kill_and_resume(job):
+    """Start a job as often as it is to be killed, and kill it each time at a random moment."""
+    rng, log_dir = random.Random(0), job.config.log_dir
+    for number in range(job.kills):
+        pid = start_rank(job, 0, None)
         before = max(list_checkpoints(log_dir), default=0)
-        wait_for_step(log_dir, before + rng.randrange(6 if kill else 1))
+        wait_for_step(log_dir, before + rng.randrange(6 if number else 1))
         time.sleep(rng.uniform(0, 0.05))
         os.kill(pid, signal.SIGKILL)
-        assert os.waitpid(pid, 0)[1] == signal.SIGKILL, "it was not the kill that ended it"
-        job["config"]["resume"] = "newest"
-    port = free_port()
-    pids = [start(job, rank, port) for rank in range(job.get("world_size", 1))]
-    if "signal_rank" in job:
-        wait_for_step(log_dir, 5)
-        os.kill(pids[job["signal_rank"]], signal.SIGTERM)
-    return {"codes": [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]}
+        assert os.waitpid(pid, 0)[1] == signal.SIGKILL, "the run ended before it was killed"
+        job.config.resume = "newest"
+
+
+def find_free_port():
+    """A TCP port that nobody listens on."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def run_job(job):
+    """Run a job to its end; returns the exit code of each rank."""
+    kill_and_resume(job)
+    port = find_free_port()
+    pids = [start_rank(job, rank, port) for rank in range(job.world_size)]
+    if job.sigterm_rank is not None:
+        wait_for_step(job.config.log_dir, 5)
+        os.kill(pids[job.sigterm_rank], signal.SIGTERM)
+    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+
+
+def read_jobs(path):
+    """The Jobs of a file that conftest.run_jobs wrote."""
+    jobs = [Job(**values) for values in json.loads(Path(path).read_text(encoding="utf-8"))]
+    for job in jobs:
+        job.config = train_gpt2.TrainConfig(**job.config)
+    return jobs
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     gc.freeze()  # or every child would copy all memory to look for garbage in it
-    for job in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
-        print(json.dumps(run(job)), flush=True)
+    print(json.dumps([run_job(job) for job in read_jobs(sys.argv[1])]))

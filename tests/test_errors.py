@@ -1,61 +1,81 @@
-"""What a user can get wrong costs one line on stderr and exit code 2, and touches nothing."""
+"""Errors that a user can cause: one line on stderr, exit code 2, and nothing is written."""
 
+import argparse
 import shutil
+from dataclasses import make_dataclass
 
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, run_script
+from conftest import ROOT, run_script, tiny_flags
 
 import fineweb
 import hellaswag
 import sample
 import train_gpt2
+from gpt2lab.cli import add_options, env_rank, option
 
 
-@pytest.fixture
-def broken_data(data_dir, tmp_path):
-    """A copy of the shards, and one function for each way to damage it."""
-    folder = tmp_path / "data"
-    shutil.copytree(data_dir, folder)
-    train_shard = folder / "edufineweb_train_000001.npy"
+def expect_one_line(call, tmp_path, message, *flags):
+    """Run train_gpt2.py with flags that must fail with `message` and must not make a log folder."""
+    log_dir = tmp_path / "log"
+    code, _, err = call(train_gpt2, *tiny_flags(log_dir=log_dir), *flags)
+    assert code == 2 and message in err
+    assert err.count("\n") == 1 and err.startswith("train_gpt2.py: error: ")
+    assert not log_dir.exists()
 
-    def no_shards():
-        shutil.rmtree(folder)
 
-    def val_only():
-        train_shard.unlink()
+# shards
 
-    def truncated():
-        train_shard.write_bytes(train_shard.read_bytes()[:5000])
 
-    def foreign():
-        np.save(train_shard, np.zeros((10, 10)))
+TRAIN_SHARD = "edufineweb_train_000001.npy"
 
-    def other_tokenizer():
-        np.save(train_shard, np.full(5000, 40_000, np.uint16))
 
-    def damaged_meta():
-        (folder / "meta.json").write_text("{")
+def remove_folder(folder):
+    shutil.rmtree(folder)
 
-    def no_tokenizer():
-        (folder / "tokenizer.json").unlink()
 
-    return folder, locals()
+def remove_train_shard(folder):
+    (folder / TRAIN_SHARD).unlink()
+
+
+def truncate_train_shard(folder):
+    content = (folder / TRAIN_SHARD).read_bytes()
+    (folder / TRAIN_SHARD).write_bytes(content[:5000])
+
+
+def write_another_array(folder):
+    np.save(folder / TRAIN_SHARD, np.zeros((10, 10)))
+
+
+def write_too_large_token_ids(folder):
+    np.save(folder / TRAIN_SHARD, np.full(5000, 40_000, np.uint16))
+
+
+def damage_meta_json(folder):
+    (folder / "meta.json").write_text("{")
+
+
+def remove_tokenizer_json(folder):
+    (folder / "tokenizer.json").unlink()
 
 
 @pytest.mark.parametrize("damage, message", [
-    ("no_shards", "run python fineweb.py"), ("val_only", "no train shard"),
-    ("truncated", "000001.npy is truncated"), ("foreign", "2-D float64"),
-    ("other_tokenizer", "token id 40000"), ("damaged_meta", "meta.json is damaged"),
-    ("no_tokenizer", "tokenizer.json is missing")])
-def test_bad_shards(call, broken_data, tmp_path, damage, message):
-    folder, damages = broken_data
-    damages[damage]()
+    (remove_folder, "run python fineweb.py"), (remove_train_shard, "no train shard"),
+    (truncate_train_shard, "000001.npy is truncated"), (write_another_array, "2-D float64"),
+    (write_too_large_token_ids, "token id 40000"), (damage_meta_json, "meta.json is damaged"),
+    (remove_tokenizer_json, "tokenizer.json is missing")])
+def test_damaged_shards(call, data_dir, tmp_path, damage, message):
+    folder = tmp_path / "data"
+    shutil.copytree(data_dir, folder)
+    damage(folder)
     expect_one_line(call, tmp_path, message, "--data_dir", folder)
 
 
+# the command line
+
+
 @pytest.mark.parametrize("flags, message", [
-    # 256 tokens = 8 sequences of 32
+    # an update of 256 tokens is 8 sequences of 32 tokens
     (("--B", 3), "nearest --B that do: 2, 4"), (("--B", 16), "nearest --B that do: 8"),
     (("--total_batch_size", 100), "nearest that are: 96, 128"),
     (("--total_batch_size", 10), "nearest that are: 32"),
@@ -70,58 +90,77 @@ def test_bad_flags(call, data_dir, tmp_path, flags, message):
     expect_one_line(call, tmp_path, message, "--data_dir", data_dir, *flags)
 
 
-def expect_one_line(call, tmp_path, message, *flags):
-    """Run train_gpt2.py with flags that must fail with `message`."""
-    common = [x for name, value in TINY.items() for x in (f"--{name}", value)]
-    log_dir = tmp_path / "log"
-    code, _, err = call(train_gpt2, *common, "--log_dir", log_dir, *flags)
-    assert code == 2 and message in err
-    assert err.count("\n") == 1 and err.startswith("train_gpt2.py: error: ")
-    assert not log_dir.exists()
+@pytest.mark.parametrize("value, rank", [(None, 0), ("", 0), ("3", 3)])
+def test_an_empty_RANK_counts_as_unset(monkeypatch, value, rank):
+    if value is None:
+        monkeypatch.delenv("RANK", raising=False)
+    else:
+        monkeypatch.setenv("RANK", value)
+    assert env_rank() == rank
+
+
+def test_options_whose_types_are_strings_become_flags():
+    """Guards against a dataclass in a file with `from __future__ import annotations`."""
+    config_class = make_dataclass("Options", [
+        ("size", "int | None", option(None, "a number")),
+        ("fast", "bool", option(False, "a switch"))])
+    parser = argparse.ArgumentParser()
+    add_options(parser, config_class)
+    assert vars(parser.parse_args(["--size", "3", "--fast"])) == {"size": 3, "fast": True}
+    assert vars(parser.parse_args(["--fast", "--no_fast"])) == {"size": None, "fast": False}
+
+
+# models
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 half a zip"])
-def test_a_file_that_is_no_checkpoint(call, tmp_path, data_dir, content):
+def test_a_file_that_is_not_a_checkpoint(call, tmp_path, data_dir, content):
     path = tmp_path / "model_00001.pt"
     path.write_bytes(content)
     for module, flags in ((sample, ("--model", path)), (sample, ("--model", tmp_path)),
                           (hellaswag, ("--model", path, "--data", write_example(tmp_path)))):
         code, out, err = call(module, *flags, "--device", "cpu")
-        assert code == 2 and "no checkpoint of train_gpt2.py" in err and str(path) in err
+        assert code == 2 and "not a checkpoint of train_gpt2.py" in err and str(path) in err
         assert err.count("\n") == 1 and out == ""
-    expect_one_line(call, tmp_path, "no checkpoint", "--data_dir", data_dir, "--init_from", path)
+    expect_one_line(call, tmp_path, "not a checkpoint", "--data_dir", data_dir,
+                    "--init_from", path)
     assert path.read_bytes() == content
 
 
 def write_example(folder):
+    """Write a file with one HellaSwag example; returns its path."""
     path = folder / "examples.jsonl"
     path.write_text('{"ctx": "A man", "endings": ["a", "b", "c", "d"], "label": 0}\n')
     return path
 
 
-def test_models_that_are_not_there(call, tmp_path):
+def test_a_model_that_does_not_exist(call, tmp_path):
     for model, message in ((tmp_path, "holds neither"), (tmp_path / "a" / "b", "no such file")):
         code, _, err = call(sample, "--model", model, "--device", "cpu")
         assert code == 2 and message in err and err.count("\n") == 1
 
 
-def test_hub_out_of_reach(tmp_path):
+def test_an_unreachable_hub(tmp_path):
     env = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     done = run_script(ROOT / "sample.py", "--model", "gpt2", cwd=tmp_path, env=env)
     assert done.returncode == 2 and "HF_ENDPOINT" in done.stderr
     assert done.stderr.count("\n") == 1
 
 
+# texts, and a script as a process
+
+
 @pytest.mark.parametrize("content, message", [
     (b"", "no text"), ("你好".encode("gbk"), "not UTF-8")])
-def test_bad_text(call, tmp_path, content, message):
+def test_a_text_file_without_utf8_text(call, tmp_path, content, message):
     (tmp_path / "a.txt").write_bytes(content)
-    code, _, err = call(fineweb, "--source", tmp_path / "a.txt", "--out", tmp_path / "out")
+    code, _, err = call(fineweb, "--source", tmp_path / "a.txt", "--tokenizer", "bpe:300",
+                        "--out", tmp_path / "out")
     assert code == 2 and message in err and err.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 
-def test_as_a_process_too(tmp_path):
+def test_missing_data_in_a_process_of_its_own(tmp_path):
     done = run_script(ROOT / "train_gpt2.py", "--device", "cpu", cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert "edu_fineweb10B does not exist" in done.stderr

@@ -1,4 +1,4 @@
-"""Exports in Hugging Face's own hands, the way back, and the push to a hub."""
+"""Exports: transformers loads them, train_gpt2.py loads them again, and they go to the hub."""
 
 import json
 import shutil
@@ -19,31 +19,34 @@ from gpt2lab.cli import UserError
 from gpt2lab.generate import generate
 from gpt2lab.pretrained import load_tokenizer
 from gpt2lab.tokenizer import make_tokenizer, train_bpe
-from train_gpt2 import GPT, GPTConfig, TrainConfig, load, load_model, train
+from train_gpt2 import GPT, GPTConfig, TrainConfig, load, train
 
-# in a row of asterisks spm has several best segmentations, and any of them is right
+# without asterisks: a row of them has several segmentations that spm finds equally good
 TEXT = small_text(5000).replace("*", "") + " " + export_hf.PROBE
 
 
 def save_run(log_dir, tokenizer, scale=8.0, **config):
-    """A log folder with the checkpoint of a random model whose logits say something."""
+    """
+    Save a checkpoint of a random model whose weights are enlarged by `scale`, so that its logits
+    are far from uniform. `config` changes the TrainConfig. Returns log_dir.
+    """
     torch.manual_seed(1)
-    shape = dict(n_layer=2, n_head=2, n_embd=32, block_size=48, vocab_size=tokenizer.vocab_size)
-    model = GPT(GPTConfig(**shape))
+    model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=48,
+                          vocab_size=tokenizer.vocab_size))
     for p in model.parameters():
-        p.data += torch.randn_like(p) * 0.02  # biases too
+        p.data += torch.randn_like(p) * 0.02  # so that biases are not 0
         p.data *= scale if p.dim() > 1 else 1.0
     log_dir.mkdir(exist_ok=True)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     save_checkpoint(log_dir, 7, model, model.configure_optimizers(0.1, 1e-3), scaler,
                     {"config": asdict(TrainConfig(log_dir=str(log_dir), **config)),
-                   "tokenizer": tokenizer.state()})
+                     "tokenizer": tokenizer.state()})
     return log_dir
 
 
 @pytest.fixture(scope="module")
 def bpe_run(tmp_path_factory, data_dir):
-    """A log folder, its tokenizer trained on the small text."""
+    """A log folder with a log, whose tokenizer was trained on the small text."""
     log_dir = save_run(tmp_path_factory.mktemp("export") / "log",
                        shards.load_data_tokenizer(data_dir), data_dir=str(data_dir))
     (log_dir / "log.txt").write_text("0 val 9.5\n6 train 3.25\n7 val 3.125\n7 hella 0.25\n9 va")
@@ -52,36 +55,38 @@ def bpe_run(tmp_path_factory, data_dir):
 
 @pytest.fixture(scope="module")
 def exported(bpe_run):
+    """The folder exported from bpe_run."""
     return export_hf.export(bpe_run, bpe_run.parent / "out")
 
 
-def test_transformers_gives_our_logits(bpe_run, exported):
-    ours, theirs = load_model(bpe_run), AutoModelForCausalLM.from_pretrained(exported)
+def test_transformers_computes_the_same_logits(bpe_run, exported):
+    ours, theirs = GPT.from_pretrained(bpe_run), AutoModelForCausalLM.from_pretrained(exported)
     idx = torch.randint(300, (4, 48))
     with torch.no_grad():
         expected, logits = ours(idx)[0], theirs(idx).logits
-    assert logits.shape == (4, 48, 300) and expected.shape[-1] == 384  # cut to its true size
+    assert logits.shape == (4, 48, 300) and expected.shape[-1] == 384  # without padding rows
     assert logits.std() > 0.5 and logits.dtype == torch.float32
     assert (expected[..., :300] - logits).abs().max() < 1e-4
     assert theirs.lm_head.weight.data_ptr() == theirs.transformer.wte.weight.data_ptr()
 
 
-def test_transformers_writes_our_greedy_text(bpe_run, exported):
+def test_transformers_generates_the_same_greedy_text(bpe_run, exported):
     ours, tokenizer = load(bpe_run)
     theirs = AutoModelForCausalLM.from_pretrained(exported)
     their_tokenizer = AutoTokenizer.from_pretrained(exported)
     prompt = "The statement is"
     ids = tokenizer.encode(prompt)
     [expected] = generate(ours, ids, tokenizer.eot, tokenizer.vocab_size,
-                                 max_new_tokens=30, temperature=0)
-    assert len(set(expected)) > 3  # no token over and over
+                          max_new_tokens=30, temperature=0)
+    assert len(set(expected)) > 3  # it does not just repeat one token
     output = theirs.generate(**their_tokenizer(prompt, return_tensors="pt"), do_sample=False,
                              max_new_tokens=30)[0]
     assert their_tokenizer.decode(output, skip_special_tokens=True) == tokenizer.decode(
         ids + expected)
 
 
-def tokenizer_of_kind(kind, text_file, tmp_path):
+def build_tokenizer(kind, text_file, tmp_path):
+    """A tokenizer trained on the small text, or gpt2's; "path" is one read from a file."""
     if kind.startswith("spm"):
         pytest.importorskip("sentencepiece")
     if kind == "path":
@@ -92,10 +97,11 @@ def tokenizer_of_kind(kind, text_file, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "bpe:500", "spm:500", "path"])
-def test_autotokenizer_is_our_tokenizer(kind, text_file, tmp_path, request):
+def test_autotokenizer_gives_the_same_tokens_and_so_does_the_way_back(
+        kind, text_file, tmp_path, request):
     if kind == "gpt2":
         request.getfixturevalue("gpt2_tokenizer")
-    tokenizer = tokenizer_of_kind(kind, text_file, tmp_path)
+    tokenizer = build_tokenizer(kind, text_file, tmp_path)
     out = export_hf.export(save_run(tmp_path / "log", tokenizer), tmp_path / "out")
     theirs = AutoTokenizer.from_pretrained(out)
     ids = tokenizer.encode(TEXT)
@@ -104,95 +110,97 @@ def test_autotokenizer_is_our_tokenizer(kind, text_file, tmp_path, request):
     assert theirs.eos_token_id == theirs.bos_token_id == tokenizer.eot
     assert theirs("<|endoftext|>")["input_ids"] == [tokenizer.eot]
     assert theirs.model_max_length == 48
-    back = load_tokenizer(out)  # the way back is the same tokenizer, too
+    back = load_tokenizer(out)
     assert back.encode(TEXT) == ids and back.eot == tokenizer.eot
     assert back.vocab_size == tokenizer.vocab_size and back.decode(ids) == TEXT
 
 
-def test_a_tokenizer_that_hugging_face_cannot_express(tmp_path, text_file, capsys):
+def test_a_tokenizer_that_hugging_face_cannot_express_is_exported_for_us_only(
+        tmp_path, text_file, capsys):
     sentencepiece = pytest.importorskip("sentencepiece")
-    sentencepiece.SentencePieceTrainer.train(  # changes its text: NFKC, a space in front
+    sentencepiece.SentencePieceTrainer.train(  # by default it normalises text and adds a space
         input=str(text_file), model_prefix=str(tmp_path / "m"), vocab_size=500, byte_fallback=True,
         bos_id=-1, eos_id=1, eos_piece="<|endoftext|>", unk_id=0, minloglevel=2)
     tokenizer = make_tokenizer(str(tmp_path / "m.model"), None)
     out = export_hf.export(save_run(tmp_path / "log", tokenizer), tmp_path / "out")
     assert "AutoTokenizer will not load" in capsys.readouterr().out
     assert not (out / "tokenizer.json").exists()
-    assert load_tokenizer(out).encode(TEXT) == tokenizer.encode(TEXT)  # ours does
+    assert load_tokenizer(out).encode(TEXT) == tokenizer.encode(TEXT)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_dtype_of_the_weights(bpe_run, tmp_path, dtype, call):
+def test_weights_are_exported_in_the_dtype_of_the_flag(bpe_run, tmp_path, dtype, call):
     code, out, _ = call(export_hf, bpe_run / "model_00007.pt", tmp_path / "out", "--dtype", dtype)
     assert code == 0 and "6 files" in out
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     assert model.dtype == getattr(torch, dtype)
-    expected = load_model(bpe_run).transformer.wte.weight[:300].to(model.dtype)
+    expected = GPT.from_pretrained(bpe_run).transformer.wte.weight[:300].to(model.dtype)
     assert torch.equal(model.transformer.wte.weight, expected)
 
 
-def test_model_card_tells_losses_data_and_recipe(exported):
+def test_the_model_card_lists_losses_data_and_recipe(exported):
     card = (exported / "README.md").read_text("utf-8")
     assert "| validation loss (nats a token) | 3.1250 | 7 |" in card
     assert "| training loss (nats a token) | 3.2500 | 6 |" in card
     assert "| HellaSwag accuracy (length-normalised) | 0.2500 | 7 |" in card
     assert "`corpus.txt`" in card and "tokens held out" in card and "| max_lr | 0.0006 |" in card
     assert "7 updates, 3,670,016 tokens" in card
-    assert str(exported.parent) not in card  # nobody's folders are published
+    assert str(exported.parent) not in card  # folders of this machine are private
 
 
-def test_file_mode_is_that_of_other_files(exported):
+def test_all_exported_files_have_the_same_permissions(exported):
     modes = {path.stat().st_mode for path in exported.iterdir()}
     assert len(modes) == 1
 
 
-# what can go wrong
+# errors
 
 
-def expect_refusal(call, message, *flags):
+def expect_one_line(call, message, *flags):
+    """Run export_hf.py with flags that must fail with `message`."""
     code, _, err = call(export_hf, *flags)
     assert code == 2 and message in err and err.count("\n") == 1
 
 
 def test_bad_command_lines(call, bpe_run, exported, tmp_path):
     before = sorted(exported.iterdir())
-    expect_refusal(call, "is not empty", bpe_run, exported)
+    expect_one_line(call, "is not empty", bpe_run, exported)
     assert sorted(exported.iterdir()) == before
     (tmp_path / "file").write_text("mine")
-    expect_refusal(call, "is a file", bpe_run, tmp_path / "file")
+    expect_one_line(call, "is a file", bpe_run, tmp_path / "file")
     out = tmp_path / "out"
-    expect_refusal(call, "neither a checkpoint nor a log folder", exported, out)
-    expect_refusal(call, "holds neither", tmp_path, out)
-    expect_refusal(call, "no name of a repository", bpe_run, out, "--push_to_hub", "mine")
-    expect_refusal(call, "--private is about", bpe_run, out, "--private")
+    expect_one_line(call, "neither a checkpoint nor a log folder", exported, out)
+    expect_one_line(call, "holds neither", tmp_path, out)
+    expect_one_line(call, "not the name of a repository", bpe_run, out, "--push_to_hub", "mine")
+    expect_one_line(call, "--private is about", bpe_run, out, "--private")
     assert not out.exists() and (tmp_path / "file").read_text() == "mine"
 
 
 def test_weights_too_large_for_float16(call, bpe_run, tmp_path):
-    run = save_run(tmp_path / "log", load(bpe_run)[1], scale=1e6)
-    expect_refusal(call, "is not finite", run, tmp_path / "out", "--dtype", "float16")
+    log_dir = save_run(tmp_path / "log", load(bpe_run)[1], scale=1e6)
+    expect_one_line(call, "is not finite", log_dir, tmp_path / "out", "--dtype", "float16")
     assert [p.name for p in tmp_path.iterdir()] == ["log"]
 
 
-def test_a_failing_export_leaves_nothing(call, bpe_run, tmp_path, monkeypatch):
-    def disk_full(weights, path, metadata):
+def test_an_export_that_fails_leaves_no_files(call, bpe_run, tmp_path, monkeypatch):
+    def write_half_and_fail(weights, path, metadata):
         path.write_bytes(b"half")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("safetensors.torch.save_file", disk_full)
-    expect_refusal(call, "No space left", bpe_run, tmp_path / "out")
+    monkeypatch.setattr("safetensors.torch.save_file", write_half_and_fail)
+    expect_one_line(call, "No space left", bpe_run, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
-# the way back
+# loading Hugging Face folders
 
 
-def test_an_export_loads_as_the_model_it_was(bpe_run, exported, call):
-    model = load_model(str(exported))
+def test_an_export_loads_as_the_same_model(bpe_run, exported, call):
+    model = GPT.from_pretrained(str(exported))
     assert (model.config.vocab_size, model.config.padded_vocab_size) == (300, 300)
     idx = torch.randint(300, (2, 48))
     with torch.no_grad():
-        expected = load_model(bpe_run)(idx)[0][..., :300]
+        expected = GPT.from_pretrained(bpe_run)(idx)[0][..., :300]
         assert (model(idx)[0] - expected).abs().max() < 1e-5
     flags = ("--greedy", "--device", "cpu", "--max_new_tokens", 10, "--prompt", "The")
     texts = [call(sample, "--model", source, *flags) for source in (bpe_run, exported)]
@@ -200,20 +208,20 @@ def test_an_export_loads_as_the_model_it_was(bpe_run, exported, call):
 
 
 @pytest.fixture(scope="module")
-def foreign(tmp_path_factory):
-    """A GPT-2 of another shape and vocabulary as transformers saves it, in several files."""
+def hf_model_and_folder(tmp_path_factory):
+    """A random model of transformers, and the folder to which it is saved in several files."""
     torch.manual_seed(2)
     model = GPT2LMHeadModel(GPT2Config(n_positions=40, vocab_size=257, n_layer=3, n_head=2,
                                        n_embd=48, initializer_range=0.2)).eval()
-    folder = tmp_path_factory.mktemp("foreign") / "model"
+    folder = tmp_path_factory.mktemp("hf") / "model"
     model.save_pretrained(folder, max_shard_size="60KB")
     assert len(list(folder.glob("*.safetensors"))) > 2
     return model, folder
 
 
-def test_training_starts_from_a_foreign_folder(foreign, text_file, tmp_path):
-    model, folder = foreign
-    ours = load_model(str(folder))
+def test_training_starts_from_a_hugging_face_folder(hf_model_and_folder, text_file, tmp_path):
+    model, folder = hf_model_and_folder
+    ours = GPT.from_pretrained(str(folder))
     idx = torch.randint(257, (2, 40))
     with torch.no_grad():
         assert (ours(idx)[0] - model(idx).logits).abs().max() < 1e-4
@@ -221,49 +229,50 @@ def test_training_starts_from_a_foreign_folder(foreign, text_file, tmp_path):
     for lr, atol in ((0.0, 1e-4), (1e-3, 10)):
         train(tiny_config(tmp_path / "data", tmp_path / str(lr), init_from=str(folder),
                           max_steps=2, max_lr=lr, min_lr=lr))
-        out = export_hf.export(tmp_path / str(lr), tmp_path / f"out{lr}")  # and round again
+        out = export_hf.export(tmp_path / str(lr), tmp_path / f"out{lr}")
         with torch.no_grad():
             logits = AutoModelForCausalLM.from_pretrained(out)(idx).logits
             assert torch.allclose(logits, model(idx).logits, atol=atol)
-    assert not torch.allclose(logits, model(idx).logits, atol=1e-2)  # the second one learned
+    assert not torch.allclose(logits, model(idx).logits, atol=1e-2)  # the second run has learned
 
 
 @pytest.fixture
-def copy(foreign, tmp_path):
-    """A copy of the foreign folder to damage."""
-    shutil.copytree(foreign[1], tmp_path / "copy")
+def hf_folder(hf_model_and_folder, tmp_path):
+    """A copy of the folder, which a test may change."""
+    shutil.copytree(hf_model_and_folder[1], tmp_path / "copy")
     return tmp_path / "copy"
 
 
-def test_vocab_and_merges_are_a_tokenizer_too(copy):
+def test_vocab_json_and_merges_txt_load_as_a_tokenizer(hf_folder):
     ours = train_bpe([small_text()], 400)
     model = json.loads(ours.model)["model"]
-    (copy / "vocab.json").write_text(json.dumps(model["vocab"] | {"<|endoftext|>": 399}))
-    (copy / "merges.txt").write_text("#version: 0.2\n" + "\n".join(map(" ".join, model["merges"])),
-                                     encoding="utf-8")
-    assert load_tokenizer(copy).encode(TEXT) == ours.encode(TEXT)
-    assert (load_tokenizer(copy).vocab_size, load_tokenizer(copy).eot) == (400, 399)
+    (hf_folder / "vocab.json").write_text(json.dumps(model["vocab"] | {"<|endoftext|>": 399}))
+    merges = "".join(f"{a} {b}\n" for a, b in model["merges"])
+    (hf_folder / "merges.txt").write_text("#version: 0.2\n" + merges, encoding="utf-8")
+    tokenizer = load_tokenizer(hf_folder)
+    assert tokenizer.encode(TEXT) == ours.encode(TEXT)
+    assert (tokenizer.vocab_size, tokenizer.eot) == (400, 399)
 
 
-def test_a_head_of_its_own_is_refused(foreign, tmp_path):
-    model, folder = foreign
+def test_an_untied_lm_head_is_refused(hf_model_and_folder, tmp_path):
+    model, folder = hf_model_and_folder
     shutil.copy(folder / "config.json", tmp_path)
     state = model.state_dict()
     torch.save(state, tmp_path / "pytorch_model.bin")
-    load_model(str(tmp_path))  # the same matrix twice is fine
+    GPT.from_pretrained(str(tmp_path))  # lm_head may be stored, if it equals wte
     state["lm_head.weight"] = state["lm_head.weight"] + 0.01
     torch.save(state, tmp_path / "pytorch_model.bin")
     with pytest.raises(UserError, match="lm_head is untied"):
-        load_model(str(tmp_path))
+        GPT.from_pretrained(str(tmp_path))
 
 
-def test_a_config_may_leave_out_what_is_as_in_gpt2(copy):
-    path = copy / "config.json"
+def test_missing_values_of_config_json_are_those_of_gpt2(hf_folder):
+    path = hf_folder / "config.json"
     config = json.loads(path.read_text())
     for key in ("n_positions", "n_inner", "activation_function"):
         config.pop(key, None)
     path.write_text(json.dumps(config))
-    assert pretrained.read_config(copy)["n_positions"] == 1024
+    assert pretrained.read_config(hf_folder)["n_positions"] == 1024
 
 
 @pytest.mark.parametrize("name, content, message", [
@@ -276,11 +285,12 @@ def test_a_config_may_leave_out_what_is_as_in_gpt2(copy):
     ("model.safetensors.index.json", '{"weight_map": {"a": "no.safetensors"}}', "lacks no.safe"),
     ("model.safetensors", "nonsense", "is damaged"),
     ("pytorch_model.bin", "nonsense", "holds no weights")])
-def test_damaged_folders_cost_one_line(copy, call, name, content, message):
+def test_a_damaged_folder_is_an_error_of_one_line(hf_folder, call, name, content, message):
     if name == "pytorch_model.bin":
-        (copy / "model.safetensors.index.json").unlink()
-    (copy / name).write_text(content)
-    code, _, err = call(sample, "--model", copy, "--device", "cpu")
+        (hf_folder / "model.safetensors.index.json").unlink()
+    (hf_folder / "tokenizer.json").write_text(train_bpe([small_text()], 257).model)
+    (hf_folder / name).write_text(content)
+    code, _, err = call(sample, "--model", hf_folder, "--device", "cpu")
     assert code == 2 and err.count("\n") == 1 and message in err
 
 
@@ -289,6 +299,7 @@ def test_damaged_folders_cost_one_line(copy, call, name, content, message):
 
 @pytest.fixture
 def hub():
+    """A local HTTP server that behaves like the hub."""
     server = FakeHub({})
     yield server
     server.shutdown()
@@ -303,8 +314,8 @@ def push(hub_url, bpe_run, tmp_path, out, *flags, **env):
              "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", **env})
 
 
-def test_push_makes_the_repository_and_uploads_the_folder(hub, bpe_run, tmp_path):
-    for out, flags in (("a", ["--private"]), ("b", [])):  # the second time it exists
+def test_push_creates_the_repository_and_uploads_the_folder(hub, bpe_run, tmp_path):
+    for out, flags in (("a", ["--private"]), ("b", [])):  # at b, the repository exists
         done = push(hub.url, bpe_run, tmp_path, out, *flags, HF_TOKEN="secret")
         assert done.returncode == 0, done.stderr
         assert f"uploaded to {hub.url}/me/tiny" in done.stdout
@@ -315,11 +326,12 @@ def test_push_makes_the_repository_and_uploads_the_folder(hub, bpe_run, tmp_path
 
 
 @pytest.mark.parametrize("reachable", [True, False])
-def test_without_token_or_network_the_folder_stays(hub, bpe_run, tmp_path, reachable):
+def test_the_folder_stays_if_the_upload_fails(hub, bpe_run, tmp_path, reachable):
+    """Without a token the hub refuses the upload; without a network there is no hub."""
     url, token = (hub.url, "") if reachable else ("http://127.0.0.1:9", "secret")
     done = push(url, bpe_run, tmp_path, "out", "--private", HF_TOKEN=token)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert "is complete, but me/tiny could not be uploaded" in done.stderr
     assert "hf upload --private me/tiny" in done.stderr
-    assert load_model(str(tmp_path / "out")).config.vocab_size == 300
+    assert GPT.from_pretrained(str(tmp_path / "out")).config.vocab_size == 300
     assert load_checkpoint(bpe_run / "model_00007.pt")["step"] == 7

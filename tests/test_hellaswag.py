@@ -1,4 +1,4 @@
-"""HellaSwag: the scores are those of the plain definition, and none is lost or counted twice."""
+"""HellaSwag: scores equal those of the reference, and each example counts exactly once."""
 
 import hashlib
 import http.server
@@ -10,15 +10,17 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, read_log, run_script, tiny_config
-from one_by_one import score_one_by_one
+from reference import score_one_by_one
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import hellaswag
 from gpt2lab import scoring, tasks
 from gpt2lab.cli import UserError
+from gpt2lab.distributed import Ranks
 from gpt2lab.tokenizer import train_bpe
-from train_gpt2 import load, load_model, train
+from train_gpt2 import GPT, load, train
 
+CPU = torch.device("cpu")
 EXAMPLES = [
     {"ind": i, "ctx": f"A man {verb} a {thing}. He", "label": i % 4,
      "endings": [f"{verb} it again and again.", f"drops the {thing}.", "sleeps.",
@@ -27,23 +29,34 @@ EXAMPLES = [
         (verb, thing) for verb in ("paints", "washes", "repairs") for thing in ("car", "door"))]
 
 
+def write_jsonl(path, rows):
+    """Write a line of JSON for each row."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def read_jsonl(path):
+    """The rows of a file of JSON lines."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
 @pytest.fixture
 def examples_file(tmp_path):
+    """The six EXAMPLES in a file."""
     path = tmp_path / "examples.jsonl"
-    path.write_text("".join(json.dumps(e) + "\n" for e in EXAMPLES), encoding="utf-8")
+    write_jsonl(path, EXAMPLES)
     return path
 
 
-def evaluate(model, tokenizer, examples, **flags):
+def score_examples(model, tokenizer, examples, ranks=None, **options):
     """(Score, results in the order of the examples)."""
     results = {}
-    score = scoring.evaluate(model, tokenizer, examples, "cpu",
-                               on_result=results.__setitem__, **flags)
+    score = scoring.score_hellaswag(model, tokenizer, examples, ranks or Ranks(CPU),
+                                    on_result=results.__setitem__, **options)
     return score, [results[number] for number in sorted(results)]
 
 
-def check_against_one_by_one(model, tokenizer, examples, score, results):
-    """Losses within 1e-3, predictions and counts equal. The model may be another one's twin."""
+def check_against_reference(model, tokenizer, examples, score, results):
+    """Compare with the reference: losses within 1e-3, predictions and counts equal."""
     correct = correct_norm = 0
     for example, result in zip(examples, results, strict=True):
         sums, counts = score_one_by_one(model, tokenizer, example)
@@ -56,168 +69,174 @@ def check_against_one_by_one(model, tokenizer, examples, score, results):
     assert score[:3] == (len(examples), correct, correct_norm)
 
 
-def sharpened(model):
-    """The same model with larger weights: losses far from uniform, so that mistakes show."""
+def sharpen(model):
+    """Enlarge the weights, so that losses are far from uniform and mistakes are visible."""
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(3)
-    return model
+
+
+# scores
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 100, None])
-def test_scores_are_those_of_one_by_one(log_dir, batch_tokens):
+def test_scores_equal_those_of_the_reference(log_dir, batch_tokens):
     model, tokenizer = load(log_dir)
-    sharpened(model)
+    sharpen(model)
     examples = [*EXAMPLES, EXAMPLES[0] | {"ctx": "", "endings": ["same", "same", "sa", "other"]}]
-    score, results = evaluate(model, tokenizer, examples, batch_tokens=batch_tokens)
-    check_against_one_by_one(model, tokenizer, examples, score, results)
-    assert 0 < score.truncated < 7  # contexts that do not fit are among them
+    score, results = score_examples(model, tokenizer, examples, batch_tokens=batch_tokens)
+    check_against_reference(model, tokenizer, examples, score, results)
+    assert 0 < score.truncated < 7  # some of the contexts do not fit
 
 
-def test_logits_come_a_few_rows_at_a_time(log_dir, monkeypatch):
+def test_logits_are_computed_a_few_rows_at_a_time(log_dir, monkeypatch):
     model, tokenizer = load(log_dir)
-    _, expected = evaluate(model, tokenizer, EXAMPLES)
-    monkeypatch.setattr(scoring, "ROWS_OF_LOGITS", 5)
-    rows = []
-    model.lm_head.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
-    _, results = evaluate(model, tokenizer, EXAMPLES)
-    assert max(rows) == 5 < sum(rows)
+    _, expected = score_examples(model, tokenizer, EXAMPLES)
+    monkeypatch.setattr(scoring, "LOGIT_ROWS_AT_ONCE", 5)
+    num_rows = []
+    model.lm_head.register_forward_pre_hook(lambda module, args: num_rows.append(len(args[0])))
+    _, results = score_examples(model, tokenizer, EXAMPLES)
+    assert max(num_rows) == 5 < sum(num_rows)
     for result, other in zip(results, expected, strict=True):
         assert result["loss_sums"] == pytest.approx(other["loss_sums"], abs=1e-4)
 
 
-def test_a_model_that_only_knows_logits_scores_alike(log_dir, tmp_path):
+def test_a_hugging_face_model_gets_the_same_scores(log_dir, tmp_path):
     torch.manual_seed(0)
     _, tokenizer = load(log_dir)
     hf = GPT2LMHeadModel(GPT2Config(vocab_size=300, n_positions=48, n_embd=32, n_layer=2, n_head=2,
                                     initializer_range=0.2)).eval()
     hf.save_pretrained(tmp_path)
-    model = load_model(tmp_path)
-    score, results = evaluate(hf, tokenizer, EXAMPLES, batch_tokens=500)
-    check_against_one_by_one(model, tokenizer, EXAMPLES, score, results)
-    assert score == evaluate(model, tokenizer, EXAMPLES)[0]
+    model = GPT.from_pretrained(tmp_path)  # a GPT with the same weights
+    score, results = score_examples(hf, tokenizer, EXAMPLES, batch_tokens=500)
+    check_against_reference(model, tokenizer, EXAMPLES, score, results)
+    assert score == score_examples(model, tokenizer, EXAMPLES)[0]
 
 
-def test_a_tree_holds_shared_beginnings_once():
+def test_a_prefix_tree_holds_shared_beginnings_once():
     rows = [[1, 2, 3, 4], [1, 2, 3, 5, 6], [1, 2, 7], [1, 2, 7]]
-    tree = scoring.build_prefix_tree(tasks.Rendered(rows, [2, 3, 1, 1], None, False))
+    tree = scoring.build_prefix_tree(tasks.RenderedExample(rows, [2, 3, 1, 1], [1] * 4, False))
     assert tree.tokens == [1, 2, 3, 5] and tree.parents == [-1, 0, 1, 2]
     assert tree.depths == [0, 1, 2, 3]
     assert tree.scored == [(1, 3, 0), (2, 4, 0), (1, 3, 1), (2, 5, 1), (3, 6, 1),
                            (1, 7, 2), (1, 7, 3)]
-    branches = scoring.build_prefix_tree(tasks.Rendered([[1, 2, 4], [1, 3, 4]], [1, 1], None, False))
-    idx, pos, mask = scoring.collate_trees([branches])
+
+
+def test_branches_of_a_prefix_tree_do_not_attend_to_each_other():
+    tree = scoring.build_prefix_tree(
+        tasks.RenderedExample([[1, 2, 4], [1, 3, 4]], [1, 1], [1, 1], False))
+    idx, pos, mask = scoring.collate_trees([tree])
     assert idx[0].tolist() == [1, 2, 3, 0, 0, 0, 0, 0] and pos[0, :3].tolist() == [0, 1, 1]
-    assert mask[0, 0, :4, :4].tolist() == [  # the branches do not see each other
+    assert mask[0, 0, :4, :4].tolist() == [
         [True, False, False, False], [True, True, False, False],
         [True, False, True, False], [False, False, False, True]]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4, 7])
-def test_ranks_share_the_examples(log_dir, world_size):
+def test_every_example_is_scored_by_exactly_one_rank(log_dir, world_size):
     model, tokenizer = load(log_dir)
-    shares = [evaluate(model, tokenizer, EXAMPLES, rank=rank, world_size=world_size)
-              for rank in range(world_size)]
-    whole, _ = evaluate(model, tokenizer, EXAMPLES)
-    assert tuple(map(sum, zip(*(score for score, _ in shares), strict=True))) == whole
-    inds = [result["ind"] for _, results in shares for result in results]
+    by_rank = [score_examples(model, tokenizer, EXAMPLES, Ranks(CPU, rank, world_size))
+               for rank in range(world_size)]
+    whole, _ = score_examples(model, tokenizer, EXAMPLES)
+    assert tuple(map(sum, zip(*(score for score, _ in by_rank), strict=True))) == whole
+    inds = [result["ind"] for _, results in by_rank for result in results]
     assert sorted(inds) == list(range(6))
 
 
-def test_two_processes_score_as_one(log_dir, examples_file, tmp_path):
+def test_standard_error_of_all_10042_examples():
+    assert scoring.standard_error(2967, 10_042) == pytest.approx(0.00455, abs=1e-5)
+
+
+# the script
+
+
+def test_two_processes_give_the_results_of_one(log_dir, examples_file, tmp_path):
     flags = ("--model", log_dir, "--data", examples_file, "--device=cpu", "--limit", 5, "--out")
     one = run_script(ROOT / "hellaswag.py", *flags, tmp_path / "one.jsonl")
     two = run_script("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
                      ROOT / "hellaswag.py", *flags, tmp_path / "two.jsonl")
     assert one.returncode == 0 and two.returncode == 0, one.stderr + two.stderr
     assert two.stdout == one.stdout and "/5=" in one.stdout
-    a, b = (read_rows(tmp_path / name) for name in ("one.jsonl", "two.jsonl"))
+    a, b = (read_jsonl(tmp_path / name) for name in ("one.jsonl", "two.jsonl"))
     assert [row["ind"] for row in b] == [0, 1, 2, 3, 4]
     for row, other in zip(a, b, strict=True):
         assert row.pop("loss_sums") == pytest.approx(other.pop("loss_sums"), abs=1e-4)
         assert row == other
 
 
-def read_rows(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def test_script(call, log_dir, examples_file, tmp_path):
+def test_the_script_prints_accuracies_and_writes_results(call, log_dir, examples_file, tmp_path):
     code, out, err = call(hellaswag, "--model", log_dir, "--data", examples_file, "--device=cpu",
                           "--out", tmp_path / "out.jsonl", "--limit", 5)
     assert code == 0
-    rows = read_rows(tmp_path / "out.jsonl")
+    rows = read_jsonl(tmp_path / "out.jsonl")
     assert [row["ind"] for row in rows] == [0, 1, 2, 3, 4]
     n = sum(row["pred"] == row["label"] for row in rows)
     n_norm = sum(row["pred_norm"] == row["label"] for row in rows)
     assert out.splitlines()[-1] == f"acc: {n}/5={n / 5:.4f} | acc_norm: {n_norm}/5={n_norm / 5:.4f}"
-    se = (scoring.standard_error(n, 5), scoring.standard_error(n_norm, 5))
-    assert f"standard error: acc {se[0]:.4f}, acc_norm {se[1]:.4f}" in out
+    se, se_norm = scoring.standard_error(n, 5), scoring.standard_error(n_norm, 5)
+    assert f"standard error: acc {se:.4f}, acc_norm {se_norm:.4f}" in out
     assert "acc_norm" in err  # the progress bar
 
 
-def test_a_folder_with_a_tokenizer_of_its_own(call, tmp_path):
+def test_a_hugging_face_folder_is_scored_with_its_own_tokenizer(call, tmp_path):
     tokenizer = train_bpe(["滿紙荒唐言，一把辛酸淚！都云作者痴，誰解其中味？"], 270)
     GPT2LMHeadModel(GPT2Config(vocab_size=270, n_positions=64, n_embd=32, n_layer=1,
                                n_head=2)).save_pretrained(tmp_path)
     (tmp_path / "tokenizer.json").write_text(tokenizer.model, encoding="utf-8")
     example = {"ctx": "滿紙荒唐言", "endings": ["一把辛酸淚", "作者痴", "味", "紙"], "label": 2}
-    path = tmp_path / "examples.jsonl"
-    path.write_text(json.dumps(example), encoding="utf-8")
-    flags = ("--model", tmp_path, "--data", path, "--device=cpu", "--out", tmp_path / "out.jsonl")
+    write_jsonl(tmp_path / "examples.jsonl", [example])
+    flags = ("--model", tmp_path, "--data", tmp_path / "examples.jsonl", "--device=cpu",
+             "--out", tmp_path / "out.jsonl")
     code, out, _ = call(hellaswag, *flags)
     assert code == 0 and "/1=" in out
-    assert read_rows(tmp_path / "out.jsonl")[0]["num_tokens"] == [
+    assert read_jsonl(tmp_path / "out.jsonl")[0]["num_tokens"] == [
         len(tokenizer.encode(" " + ending)) for ending in example["endings"]]
-    tokenizer = train_bpe(["滿紙荒唐言，一把辛酸淚！"], 280)
+    tokenizer = train_bpe(["滿紙荒唐言，一把辛酸淚！"], 280)  # more tokens than the model knows
     (tmp_path / "tokenizer.json").write_text(tokenizer.model, encoding="utf-8")
     code, _, err = call(hellaswag, *flags)
-    assert code == 2 and "280 tokens, the model only 270" in err
+    assert code == 2 and "knows 270 tokens, but its tokenizer has 280" in err
 
 
-def test_standard_error_of_the_whole_set():
-    assert scoring.standard_error(2967, 10_042) == pytest.approx(0.00455, abs=1e-5)
+def test_control_c_prints_the_score_so_far(call, log_dir, examples_file, monkeypatch):
+    score_trees, batches = scoring.score_trees, []
 
-
-def test_control_c_prints_the_result_so_far(call, log_dir, examples_file, monkeypatch):
-    score_trees, calls = scoring.score_trees, []
-
-    def interrupted(*args):
-        calls.append(args)
-        if len(calls) == 3:
+    def interrupt_third_batch(*args):
+        batches.append(args)
+        if len(batches) == 3:
             raise KeyboardInterrupt
         return score_trees(*args)
 
-    monkeypatch.setattr(scoring, "score_trees", interrupted)
+    monkeypatch.setattr(scoring, "score_trees", interrupt_third_batch)
     code, out, err = call(hellaswag, "--model", log_dir, "--data", examples_file, "--device=cpu",
                           "--batch_tokens", 1)
     assert code == 130 and "interrupted" in err
     assert re.match(r"acc: \d/2=", out.splitlines()[-1])
 
 
-def test_a_split_without_labels(call, log_dir, tmp_path):
+def test_only_the_test_split_may_lack_labels(call, log_dir, tmp_path):
     path = tmp_path / "test.jsonl"
-    path.write_text("".join(json.dumps({k: v for k, v in e.items() if k != "label"}) + "\n"
-                            for e in EXAMPLES), encoding="utf-8")
+    write_jsonl(path, [{key: value for key, value in example.items() if key != "label"}
+                       for example in EXAMPLES])
     flags = ("--model", log_dir, "--data", path, "--device=cpu", "--out", tmp_path / "out.jsonl")
     code, _, err = call(hellaswag, *flags)
     assert code == 2 and "line 1 lacks label" in err
     code, out, _ = call(hellaswag, *flags, "--split", "test")
     assert code == 0 and out == "6 examples scored, none with a label\n"
-    assert [row["label"] for row in read_rows(tmp_path / "out.jsonl")] == [None] * 6
+    assert [row["label"] for row in read_jsonl(tmp_path / "out.jsonl")] == [None] * 6
 
 
-# comparing
+# comparing two files of results
 
 
-def write_results(path, preds):
-    path.write_text("".join(json.dumps({"ind": i, "label": 0, "pred": pred, "pred_norm": 0}) + "\n"
-                            for i, pred in enumerate(preds)), encoding="utf-8")
+def write_predictions(path, preds):
+    """A file of results with the predictions `preds` for acc; every label is 0."""
+    write_jsonl(path, [{"ind": i, "label": 0, "pred": pred, "pred_norm": 0}
+                       for i, pred in enumerate(preds)])
 
 
-def test_compare(call, tmp_path):
-    write_results(tmp_path / "a", [0] * 8 + [1, 1])
-    write_results(tmp_path / "b", [1, 0, 0, 0, 0, 0, 0, 1, 0, 2, 0])
+def test_compare_prints_agreement_and_p_value(call, tmp_path):
+    write_predictions(tmp_path / "a", [0] * 8 + [1, 1])
+    write_predictions(tmp_path / "b", [1, 0, 0, 0, 0, 0, 0, 1, 0, 2, 0])
     code, out, _ = call(hellaswag, "--compare", tmp_path / "a", tmp_path / "b")
     assert code == 0 and out.splitlines() == [
         "10 examples in common, of 10 and 11",
@@ -232,14 +251,15 @@ def test_compare(call, tmp_path):
 
 @pytest.mark.parametrize("only_a, only_b, p", [
     (0, 0, 1), (5, 5, 1), (0, 10, 2 / 1024), (9, 1, 22 / 1024), (3000, 2800, 0.00894)])
-def test_mcnemar(only_a, only_b, p):
+def test_mcnemar_equals_known_p_values(only_a, only_b, p):
     assert hellaswag.mcnemar(only_a, only_b) == pytest.approx(p, rel=1e-2)
 
 
-# the harness's style
+# the style of lm-eval
 
-# real examples and what lm-eval 0.4.13 makes of them (its task hellaswag, process_docs)
-HARNESS = [  # (example, context, endings), made up in the two forms of the official file
+# (example, context, endings): examples made up in the two forms of the official file (ActivityNet
+# and WikiHow), and the texts that lm-eval 0.4.13 makes of them (process_docs of its task hellaswag)
+LM_EVAL_EXAMPLES = [
     ({"ind": 1, "activity_label": "Painting a door", "ctx_a": "A woman stands at a door.",
       "ctx_b": "she", "ctx": "A woman stands at a door. she", "label": 2,
       "endings": ["eats it.", "swims away from it.", "paints it blue.", "is a door."]},
@@ -253,62 +273,83 @@ HARNESS = [  # (example, context, endings), made up in the two forms of the offi
 ]
 
 
-@pytest.mark.parametrize("example, context, endings", HARNESS)
-def test_harness_texts(example, context, endings):
-    assert tasks.harness_texts(example) == (context, endings)
+@pytest.mark.parametrize("example, context, endings", LM_EVAL_EXAMPLES)
+def test_texts_equal_those_of_lm_eval(example, context, endings):
+    assert tasks.lm_eval_texts(example) == (context, endings)
 
 
-def test_harness_style_encodes_together_and_divides_by_characters(log_dir):
+def test_lm_eval_style_encodes_together_and_divides_by_characters(log_dir):
     model, tokenizer = load(log_dir)
-    sharpened(model)
-    model.transformer.wpe = torch.nn.Embedding(512, 32)  # room for whole examples
+    sharpen(model)
+    model.transformer.wpe = torch.nn.Embedding(512, 32)  # so that whole examples fit
     model.config.block_size = 512
-    examples = [example for example, _, _ in HARNESS]
-    score, results = evaluate(model, tokenizer, examples, lm_eval_style=True)
-    norm = 0
-    for (example, context, endings), result in zip(HARNESS, results, strict=True):
+    examples = [example for example, _, _ in LM_EVAL_EXAMPLES]
+    score, results = score_examples(model, tokenizer, examples, lm_eval_style=True)
+    num_correct_norm = 0
+    for (example, context, endings), result in zip(LM_EVAL_EXAMPLES, results, strict=True):
         means = []
         for ending, loss_sum, n in zip(
                 endings, result["loss_sums"], result["num_tokens"], strict=True):
             whole = tokenizer.encode(f"{context} {ending}")
             start = len(tokenizer.encode(context))
-            idx = torch.tensor([whole])
-            log_probs = model(idx)[0][0, :, :tokenizer.vocab_size].log_softmax(-1)
+            log_probs = model(torch.tensor([whole]))[0][0, :, :tokenizer.vocab_size].log_softmax(-1)
             picked = log_probs[range(start - 1, len(whole) - 1), whole[start:]]
             assert loss_sum == pytest.approx(-picked.sum().item(), abs=1e-3)
             assert n == len(whole) - start
             means.append(loss_sum / len(ending))
         assert result["pred_norm"] == np.argmin(means)
-        norm += int(np.argmin(means)) == example["label"]
-    assert score.num_correct_norm == norm
+        num_correct_norm += int(np.argmin(means)) == example["label"]
+    assert score.num_correct_norm == num_correct_norm
 
 
-def test_harness_style_needs_its_fields(call, log_dir, examples_file):
+def test_lm_eval_style_needs_its_fields(call, log_dir, examples_file):
     code, _, err = call(hellaswag, "--model", log_dir, "--data", examples_file, "--lm_eval_style")
     assert code == 2 and "line 1 lacks activity_label" in err
 
 
-# real examples, and training
+# examples from files
 
 
-def test_real_examples(log_dir, real_data):
+def test_real_examples_score_as_the_reference(log_dir, real_data):
     examples = list(tasks.iterate_examples(real_data / "hellaswag_val_402.jsonl"))
     assert len(examples) == 402 and examples[0]["ind"] == 24
     model, tokenizer = load(log_dir)
-    sharpened(model)
-    score, results = evaluate(model, tokenizer, examples[::20])
-    check_against_one_by_one(model, tokenizer, examples[::20], score, results)
+    sharpen(model)
+    score, results = score_examples(model, tokenizer, examples[::20])
+    check_against_reference(model, tokenizer, examples[::20], score, results)
 
 
-def test_training_does_not_notice(data_dir, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("line, message", [
+    ("nonsense", "line 7 is not JSON"), ('{"ctx": "a", "label": 0}', "line 7 lacks endings"),
+    ('{"ctx": "a", "endings": ["a", "b", "c", "d"]}', "line 7 lacks label"),
+    ('{"ctx": "a", "label": 4, "endings": ["a", "b", "c", "d"]}', "line 7 .* label from 0 to 3"),
+    ('{"ctx": "a", "label": "x", "endings": ["a", "b", "c", "d"]}', "line 7 .* label from 0 to 3"),
+    ('{"ctx": "a", "label": 0, "endings": ["a"]}', "line 7 .* four endings"),
+    ('{"ctx": "a", "label": 0, "endings": 3}', "line 7 .* four endings"),
+    ('{"ctx": 1, "label": 0, "endings": ["a", "b", "c", "d"]}', "line 7 .* not text"),
+    ('{"ctx": "a", "label": 0, "endings": ["a", "b", "c", 4]}', "line 7 .* not text"),
+    ("[1]", "line 7 is not a JSON object"), ("5", "line 7 is not a JSON object"),
+    ("\udcff", "line 7 is not JSON in UTF-8")])
+def test_a_bad_line_is_reported_with_its_number(examples_file, line, message):
+    with open(examples_file, "a", encoding="utf-8", errors="surrogateescape") as file:
+        file.write(line + "\n")
+    with pytest.raises(UserError, match=message):
+        list(tasks.iterate_examples(examples_file))
+
+
+# HellaSwag during training
+
+
+def test_hellaswag_during_training_leaves_the_training_unchanged(
+        data_dir, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     tasks.DATA_FILE.parent.mkdir()
-    tasks.DATA_FILE.write_text("".join(json.dumps(e) + "\n" for e in EXAMPLES))
+    write_jsonl(tasks.DATA_FILE, EXAMPLES)
     train(tiny_config(data_dir, tmp_path / "a"))
     train(tiny_config(data_dir, tmp_path / "b", hellaswag_every=1))
     for stream in ("train", "norm"):
         assert read_log(tmp_path / "a", stream) == read_log(tmp_path / "b", stream)
-    score, _ = evaluate(*load(tmp_path / "b"), EXAMPLES)
+    score, _ = score_examples(*load(tmp_path / "b"), EXAMPLES)
     accuracy = read_log(tmp_path / "b", "hella")[6]
     assert accuracy == pytest.approx(score.num_correct_norm / 6, rel=1e-5)
     lines = [line for line in capsys.readouterr().out.splitlines() if "HellaSwag" in line]
@@ -317,25 +358,14 @@ def test_training_does_not_notice(data_dir, tmp_path, monkeypatch, capsys):
                         r"\| \d+\.\ds", lines[-1])
 
 
-@pytest.mark.parametrize("line, message", [
-    ("nonsense", "line 7"), ('{"ctx": "a", "label": 0}', "line 7 lacks endings"),
-    ('{"ctx": "a", "endings": ["a", "b", "c", "d"]}', "line 7 lacks label"),
-    ('{"ctx": "a", "label": 4, "endings": ["a", "b", "c", "d"]}', "label from 0 to 3"),
-    ('{"ctx": "a", "label": 0, "endings": ["a"]}', "four endings"), ("[1]", "line 7"),
-    ('{"ctx": 1, "label": 0, "endings": ["a", "b", "c", "d"]}', "lacks texts"), ("5", "line 7")])
-def test_a_bad_line_is_named(examples_file, line, message):
-    with open(examples_file, "a", encoding="utf-8") as file:
-        file.write(line + "\n")
-    with pytest.raises(UserError, match=message):
-        list(tasks.iterate_examples(examples_file))
-
-
 # the download
 
 
 @pytest.fixture
 def mirror(monkeypatch, tmp_path):
-    """A server that fails twice and then serves some content; yields its settings."""
+    """
+    A mirror of the val split that fails twice and then serves a small file; yields its settings.
+    """
     settings = {"failures": 2, "content": b'{"some": "examples"}\n', "requests": 0}
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -362,19 +392,31 @@ def mirror(monkeypatch, tmp_path):
     server.shutdown()
 
 
-def test_download_once_and_through_failures(mirror):
+def test_download_retries_and_does_not_repeat_itself(mirror):
     tasks.download()
     tasks.download()
     assert tasks.DATA_FILE.read_bytes() == mirror["content"] and mirror["requests"] == 3
 
 
-def test_a_mirror_that_stays_down_or_serves_something_else(mirror, monkeypatch, call):
+def test_only_the_first_process_of_a_node_downloads(mirror, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(OSError, match="another process could not download"):
+        tasks.download_on_each_node("val", Ranks(CPU))
+    assert mirror["requests"] == 0
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert tasks.download_on_each_node("val", Ranks(CPU)) == tasks.DATA_FILE
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert tasks.download_on_each_node("val", Ranks(CPU)) == tasks.DATA_FILE
+    assert mirror["requests"] == 3
+
+
+def test_a_mirror_that_fails_or_serves_another_file_is_an_error(mirror, monkeypatch, call):
     mirror["failures"] = 99
     code, _, err = call(hellaswag)
     assert code == 2 and err.count("\n") == 1 and "HELLASWAG_URL" in err
     mirror["failures"] = 0
     monkeypatch.setitem(tasks.OFFICIAL_FILES, "val", (1000, "0" * 64))
-    with pytest.raises(OSError, match="21 of 1000 bytes came"):
+    with pytest.raises(OSError, match="received only 21 of 1000 bytes"):
         tasks.download()
     monkeypatch.setitem(tasks.OFFICIAL_FILES, "val", (10, "0" * 64))
     with pytest.raises(OSError, match="not the official"):

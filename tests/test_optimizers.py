@@ -44,7 +44,7 @@ def test_muon_takes_query_key_and_value_one_by_one():
     # momentum of the first step: (1 - m) g, and one gradient ahead (1 - m) g + m (1 - m) g
     for part, expected in zip((before - c_attn.detach()).chunk(3), gradient.chunk(3), strict=True):
         expected = optim.orthogonalize(expected[None])[0]
-        expected *= optim.STEP_LENGTH * math.sqrt(32)
+        expected *= optim.UPDATE_RMS * math.sqrt(32)
         assert torch.allclose(part, expected, atol=1e-3)
     assert torch.allclose(embeddings - wte, torch.ones(()), atol=1e-3)  # AdamW's first step is lr
 

@@ -17,7 +17,7 @@ from conftest import ROOT, TINY, forked, read_log, tiny_config
 
 import train_gpt2
 from gpt2lab import device, distributed, parallel, preflight, presets, tasks
-from gpt2lab.checkpoints import find_checkpoint, list_checkpoints, load_checkpoint
+from gpt2lab.checkpoints import RESUME_KEYS, find_checkpoint, list_checkpoints, load_checkpoint
 from gpt2lab.cli import UserError
 from train_gpt2 import train
 
@@ -95,7 +95,8 @@ def test_fsdp_trains_like_ddp_and_each_resumes_the_other(data_dir, tmp_path, mon
             expected = read_log(ddp, stream)
             got = read_log(folder, stream)
             assert got and got == pytest.approx({s: expected[s] for s in got}, abs=2e-4)
-    assert train_gpt2.load_model(fsdp).lm_head.weight.shape == (384, 32)  # an ordinary checkpoint
+    model = train_gpt2.GPT.from_pretrained(fsdp)  # an ordinary checkpoint
+    assert model.lm_head.weight.shape == (384, 32)
 
 
 @needs_fork
@@ -381,20 +382,25 @@ def test_gpus_are_known_by_name(name, memory, key):
     assert presets.name_gpu(name, memory * 2**30) == key
 
 
+def parse(argv):
+    """(preset, TrainConfig) from the arguments of train_gpt2.py."""
+    return presets.parse_command_line(train_gpt2.TrainConfig, "", argv)
+
+
 def test_machine_presets_change_nothing_of_the_recipe(capsys, monkeypatch):
-    recipe = train_gpt2.RECIPE
+    recipe = RESUME_KEYS
     plain = train_gpt2.TrainConfig()
     for preset, values in presets.MACHINE_PRESETS.items():
-        _, config = train_gpt2.parse_config(["--preset", preset])
+        _, config = parse(["--preset", preset])
         assert all(getattr(config, name) == getattr(plain, name) for name in recipe)
-        assert train_gpt2.check_config(config, 1) == 512 // config.B
+        presets.check_batch_size(config.B, config.T, config.total_batch_size, world_size=1)
         assert config.dtype == values["dtype"]
     assert "B 48 does not divide the 512 sequences" in capsys.readouterr().out
-    assert train_gpt2.parse_config(["--preset", "a100-40g"])[1].B == 32
+    assert parse(["--preset", "a100-40g"])[1].B == 32
     monkeypatch.setenv("WORLD_SIZE", "4")
-    assert train_gpt2.parse_config(["--preset", "5090", "--compile_mode", "default"])[1].B == 32
-    assert train_gpt2.parse_config(["--preset", "t4", "--B", "16"])[1].B == 16
-    assert train_gpt2.parse_config(["--preset", "auto", "--max_steps", "5"])[1].max_steps == 5
+    assert parse(["--preset", "5090", "--compile_mode", "default"])[1].B == 32
+    assert parse(["--preset", "t4", "--B", "16"])[1].B == 16
+    assert parse(["--preset", "auto", "--max_steps", "5"])[1].max_steps == 5
 
 
 def test_check_tells_what_there_is(call, data_dir, tmp_path):
@@ -402,16 +408,17 @@ def test_check_tells_what_there_is(call, data_dir, tmp_path):
     flags += ["--check", "--log_dir", tmp_path / "log"]
     code, out, err = call(train_gpt2, *flags, "--data_dir", data_dir)
     assert code == 0 and "the run can start" in out and err == ""
-    for line in ("torch: ", "device: cpu", "talk between processes: gloo", "--preset auto: B 4",
+    for line in ("torch: ", "device: cpu", "distributed backends: gloo", "--preset auto: B 4",
                  "compiler for --compile: ", "memory: about ", "disk: a checkpoint is about "):
         assert line in out
     code, out, err = call(train_gpt2, *flags, "--data_dir", tmp_path, "--B", 3)
     assert code == 2 and "the run could not start" in out
-    assert err.count("\n") == 3 and "no val shards" in err and "does not divide" in err
-    for flags_too, message in ((("--fsdp",), "start with torchrun"), (("--B", 0), "must be at"),
-                               (("--T", 64), "longer than block_size")):
+    assert err.count("\n") == 3 and "no val shard" in err and "does not divide" in err
+    code, out, err = call(train_gpt2, *flags, "--data_dir", data_dir, "--fsdp")
+    assert code == 2 and "start with torchrun" in err and "the run could not start" in out
+    for flags_too, message in (("--B", 0), "must be at"), (("--T", 64), "longer than block_size"):
         code, out, err = call(train_gpt2, *flags, "--data_dir", data_dir, *flags_too)
-        assert code == 2 and message in err and "the run could not start" in out
+        assert code == 2 and message in err and err.count("\n") == 1
     code, out, err = call(train_gpt2, *flags, "--data_dir", data_dir, "--n_embd", 2**16)
     assert code == 2 and "too little memory" in err
     assert not (tmp_path / "log").exists()
@@ -419,12 +426,12 @@ def test_check_tells_what_there_is(call, data_dir, tmp_path):
 
 def test_expected_sizes_of_the_124m_run():
     config = train_gpt2.TrainConfig(B=4, T=128)
-    shape = train_gpt2.make_model_config(config)
-    memory, checkpoint = preflight.estimate(shape, config, torch.device("cpu"), torch.float32, 1)
+    shape = train_gpt2.GPTConfig(**presets.model_sizes(config))
+    memory, checkpoint = preflight.estimate_memory(shape, config, torch.device("cpu"), torch.float32, 1)
     assert checkpoint == 12 * 124_475_904
     assert 2.0 < memory / 2**30 < 3.5  # 3.1 GB were measured for such a step
     config = train_gpt2.TrainConfig(B=8, T=1024)
-    memory, _ = preflight.estimate(shape, config, torch.device("cpu"), torch.float32, 1)
+    memory, _ = preflight.estimate_memory(shape, config, torch.device("cpu"), torch.float32, 1)
     assert 5.8 < memory / 1e9 < 7.2  # 6.5 GB were measured
 
 

@@ -1,4 +1,4 @@
-"""The training step: its chunked loss against F.cross_entropy over all logits."""
+"""The training step: what kernels.optimize swaps in, against the plain model."""
 
 import gc
 import math
@@ -11,75 +11,84 @@ import torch
 from conftest import ROOT, run_script
 from torch.nn import functional as F
 
-import train_gpt2
-from gpt2lab import kernels, loss
-from gpt2lab.device import flops_per_token, model_flops_utilization, paused_garbage_collection
+from gpt2lab import kernels
+from gpt2lab.device import flops_per_token, model_flops_utilization, paused_gc
 from train_gpt2 import GPT, GPTConfig
 
 
-def small_model(seed=0):
+def plain_model(seed=0):
+    """A small GPT as train_gpt2.py defines it: the oracle."""
     torch.manual_seed(seed)
     return GPT(GPTConfig(block_size=32, vocab_size=300, n_layer=2, n_head=2, n_embd=32))
 
 
-def plain_gelu_linear(x, weight, bias):
-    return F.linear(F.gelu(x, approximate="tanh"), weight, bias)
+def optimized_model(seed=0):
+    """The same GPT with the layers of gpt2lab.kernels."""
+    model = plain_model(seed)
+    kernels.optimize(model)
+    return model
 
 
-def plain_loss(model, x, y):
-    """The loss as the ancestor computes it: nn.Linear, all logits, then F.cross_entropy."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "ONEDNN_MIN_NUMEL", math.inf)
-        patch.setattr(train_gpt2, "gelu_linear", plain_gelu_linear)
-        return F.cross_entropy(model.lm_head(model.hidden(x)).flatten(0, 1), y.flatten())
-
-
-def our_loss(model, x, y):
-    return model(x, y)[1]
-
-
-def loss_and_gradients(compute, model, x, y, dtype=None):
+def loss_and_gradients(model, x, y, dtype=None):
+    """The loss of a batch, and {parameter name: gradient} of a quarter of it."""
     model.zero_grad()
     with torch.autocast("cpu", dtype) if dtype else nullcontext():
-        value = compute(model, x, y)
-    (value / 4).backward()  # as in a loop that accumulates
-    return value.item(), {name: p.grad.clone() for name, p in model.named_parameters()}
+        _, loss = model(x, y)
+    (loss / 4).backward()  # as in a loop that accumulates
+    return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
 @pytest.fixture
-def chunks(monkeypatch):
-    """Chunks small enough for a small batch to take several, the last one short."""
-    monkeypatch.setattr(loss, "CHUNK_ROWS", 24)
+def small_chunks(monkeypatch):
+    """Chunks so small that a small batch takes several, the last one short."""
+    monkeypatch.setattr(kernels, "CHUNK_ROWS", 24)
 
 
-def batch(seed=0, B=4):
+def random_batch(seed=0, B=4):
+    """(x, y), (B, 32) int64 each."""
     rows = torch.randint(300, (B, 33), generator=torch.Generator().manual_seed(seed))
     return rows[:, :-1], rows[:, 1:]
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(None, 1e-6), (torch.bfloat16, 0.02)])
-def test_chunked_loss_and_gradients_are_those_of_cross_entropy(any_size, chunks, dtype, tolerance):
-    model = small_model()
-    expected, plain = loss_and_gradients(plain_loss, model, *batch(), dtype)
-    value, ours = loss_and_gradients(our_loss, model, *batch(), dtype)
-    assert value == pytest.approx(expected, rel=1e-6 if dtype is None else 1e-3)
-    for name, grad in plain.items():
-        # keys' biases move all scores of a query alike: their gradients are rounding errors
-        scale = max(grad.abs().max().item(), 1e-3)
-        assert (ours[name] - grad).abs().max() < tolerance * scale, name
-        assert ours[name].dtype == torch.float32
+def test_optimized_loss_and_gradients_are_those_of_the_plain_model(
+        onednn_at_any_size, small_chunks, dtype, tolerance):
+    expected_loss, expected = loss_and_gradients(plain_model(), *random_batch(), dtype)
+    loss, gradients = loss_and_gradients(optimized_model(), *random_batch(), dtype)
+    assert loss == pytest.approx(expected_loss, rel=1e-6 if dtype is None else 1e-3)
+    assert list(gradients) == list(expected)
+    for name, gradient in expected.items():
+        # a bias of the keys changes all scores of a query alike, so its gradient is rounding error
+        scale = max(gradient.abs().max().item(), 1e-3)
+        assert (gradients[name] - gradient).abs().max() < tolerance * scale, name
+        assert gradients[name].dtype == torch.float32
 
 
-def test_bfloat16_gradients_add_up_in_float32(monkeypatch):
-    # the weight's gradient is a sum over chunks: summed in bfloat16 it would lose the small ones
+def test_optimize_shares_parameters_and_keeps_their_names():
+    """Guards against optimizers and checkpoints that lose hold of the weights."""
+    model = plain_model()
+    before = dict(model.named_parameters())
+    kernels.optimize(model)
+    layers = [type(module) for module in model.modules()]
+    kernels.optimize(model)  # a second call changes nothing
+    assert [type(module) for module in model.modules()] == layers
+    assert torch.nn.Linear not in layers
+    assert list(before) == [name for name, _ in model.named_parameters()]
+    assert all(p is before[name] for name, p in model.named_parameters())
+    assert model.transformer.wte.weight is model.lm_head.weight
+    assert model.state_dict().keys() == plain_model().state_dict().keys()
+
+
+def test_bfloat16_gradients_are_summed_in_float32(monkeypatch):
+    """The weight's gradient is a sum over chunks. In bfloat16 the sum would lose small ones."""
     torch.manual_seed(0)
     x, y = torch.randn(4096, 16), torch.randint(10, (4096,))
     errors = []
     for rows in (4096, 16):
-        monkeypatch.setattr(loss, "CHUNK_ROWS", rows)
+        monkeypatch.setattr(kernels, "CHUNK_ROWS", rows)
         weight = torch.zeros(10, 16, requires_grad=True)
         with torch.autocast("cpu", torch.bfloat16):
-            loss.cross_entropy(x, weight, y).backward()
+            kernels.chunked_cross_entropy(x, weight, y).backward()
         exact = torch.zeros(10, 16, requires_grad=True)
         F.cross_entropy(x @ exact.T, y).backward()
         errors.append((weight.grad - exact.grad).abs().max() / exact.grad.abs().max())
@@ -87,54 +96,55 @@ def test_bfloat16_gradients_add_up_in_float32(monkeypatch):
 
 
 @pytest.fixture
-def products(monkeypatch):
-    """The names of oneDNN's product and of the one that keeps less, whenever they are called."""
-    made = []
+def kernel_calls(monkeypatch):
+    """A list that receives the name of onednn_linear or gelu_linear whenever one is called."""
+    calls = []
 
-    def watch(module, name):
-        real = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *args: made.append(name) or real(*args))
+    def record(name):
+        original = getattr(kernels, name)
+        monkeypatch.setattr(kernels, name, lambda *args: calls.append(name) or original(*args))
 
-    watch(kernels, "multiply")
-    watch(train_gpt2, "gelu_linear")
-    return made
+    record("onednn_linear")
+    record("gelu_linear")
+    return calls
 
 
-def test_loss_in_a_compiled_model(any_size, chunks, products):
-    model = small_model()
+def test_a_compiled_model_has_the_same_loss_and_uses_no_kernel_of_ours(
+        onednn_at_any_size, small_chunks, kernel_calls):
+    model = optimized_model()
     compiled = torch.compile(model, backend="aot_eager")  # traced as for a GPU, run without gcc
-    value, ours = loss_and_gradients(our_loss, compiled, *batch())
-    assert not products  # compilers choose by themselves
-    expected, plain = loss_and_gradients(plain_loss, model, *batch())
-    assert value == pytest.approx(expected, rel=1e-6)
-    for name, grad in plain.items():
-        assert torch.allclose(ours[f"_orig_mod.{name}"], grad, rtol=1e-4, atol=1e-6), name
+    loss, gradients = loss_and_gradients(compiled, *random_batch())
+    assert not kernel_calls  # the compiler chooses its own kernels
+    expected_loss, expected = loss_and_gradients(plain_model(), *random_batch())
+    assert loss == pytest.approx(expected_loss, rel=1e-6)
+    for name, gradient in expected.items():
+        assert torch.allclose(gradients[f"_orig_mod.{name}"], gradient, rtol=1e-4, atol=1e-6), name
 
 
-def test_loss_without_gradients_computes_none(chunks, monkeypatch):
-    model = small_model()
-    expected = our_loss(model, *batch()).item()
-    products = []
-    real = torch.Tensor.scatter_add_
+def test_loss_without_gradients_computes_no_gradients(small_chunks, monkeypatch):
+    model = optimized_model()
+    expected = model(*random_batch())[1].item()
+    calls = []
+    original = torch.Tensor.scatter_add_  # the first operation of a chunk's gradient
     monkeypatch.setattr(torch.Tensor, "scatter_add_",
-                        lambda *args: products.append(1) or real(*args))
+                        lambda *args: calls.append(1) or original(*args))
     for context in (torch.no_grad(), torch.inference_mode()):
         with context:
-            assert our_loss(model, *batch()).item() == expected
-    assert not products
-    our_loss(model, *batch())
-    assert len(products) == math.ceil(4 * 32 / 24)
+            assert model(*random_batch())[1].item() == expected
+    assert not calls
+    model(*random_batch())
+    assert len(calls) == math.ceil(4 * 32 / 24)
 
 
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("width", [8, 96])
-def test_onednn_products_and_gradients_are_those_of_nn_linear(any_size, with_bias, width):
+def test_onednn_outputs_and_gradients_are_those_of_nn_linear(onednn_at_any_size, with_bias, width):
     torch.manual_seed(0)
     plain = torch.nn.Linear(24, width, bias=with_bias)
-    ours = kernels.Linear(24, width, bias=with_bias)
-    ours.load_state_dict(plain.state_dict())
+    fast = kernels.FastLinear(torch.nn.Linear(24, width, bias=with_bias))
+    fast.load_state_dict(plain.state_dict())
     results = []
-    for layer in (plain, ours):
+    for layer in (plain, fast):
         x = torch.randn(2, 5, 24, generator=torch.Generator().manual_seed(1), requires_grad=True)
         y = layer(x)
         y.sin().sum().backward()
@@ -143,15 +153,15 @@ def test_onednn_products_and_gradients_are_those_of_nn_linear(any_size, with_bia
             assert torch.allclose(layer(x), y, rtol=1e-5, atol=1e-6)
     for expected, value in zip(*results, strict=True):
         assert torch.allclose(value, expected, rtol=1e-5, atol=1e-6)
-    ours.weight.requires_grad_(False)  # frozen, and x still learns
+    fast.weight.requires_grad_(False)  # a frozen weight still passes the gradient on to x
     x.grad = None
-    ours(x).sin().sum().backward()
+    fast(x).sin().sum().backward()
     assert torch.allclose(x.grad, results[0][1], rtol=1e-5, atol=1e-6)
 
 
-def test_onednn_is_for_float32_on_the_cpu(any_size, monkeypatch):
+def test_onednn_is_for_float32_on_the_cpu(onednn_at_any_size, monkeypatch):
     if not kernels.have_onednn():
-        pytest.skip("oneDNN's products are for x86 CPUs")
+        pytest.skip("oneDNN's matmuls are for x86 CPUs")
     weight = torch.zeros(4, 4)
     assert kernels.use_onednn(weight)
     assert not kernels.use_onednn(weight.bfloat16())
@@ -162,91 +172,95 @@ def test_onednn_is_for_float32_on_the_cpu(any_size, monkeypatch):
     assert not kernels.use_onednn(weight)
 
 
-def test_large_products_are_onednn_s_in_training_and_without(any_size, products):
+def test_large_matmuls_go_to_onednn_in_training_and_inference(onednn_at_any_size, kernel_calls):
     if not kernels.have_onednn():
-        pytest.skip("oneDNN's products are for x86 CPUs")
-    model = small_model()
-    our_loss(model, *batch())
-    # products that widen: two in each layer, and the logits. The others are MKL's
-    assert products == ["multiply", "multiply", "gelu_linear"] * 2 + ["multiply"]
+        pytest.skip("oneDNN's matmuls are for x86 CPUs")
+    model = optimized_model()
+    model(*random_batch())
+    # in training, oneDNN does the matmuls that widen: two in each layer, and the logits
+    layer = ["onednn_linear", "onednn_linear", "gelu_linear"]
+    assert kernel_calls == layer * 2 + ["onednn_linear"]
     with torch.no_grad():
-        products.clear()
-        model(batch()[0])
-    assert products == ["multiply"] * 9
+        kernel_calls.clear()
+        model(random_batch()[0])
+    assert kernel_calls == ["onednn_linear"] * 9
 
 
 @pytest.mark.parametrize("grad_checkpoint", [False, True])
-def test_gelu_leaves_nothing_behind_for_backward(any_size, monkeypatch, grad_checkpoint):
-    model, outputs, real = small_model(), [], F.gelu
+def test_gelu_output_is_not_kept_for_backward(onednn_at_any_size, monkeypatch, grad_checkpoint):
+    model, outputs, original = optimized_model(), [], F.gelu
     model.grad_checkpoint = grad_checkpoint
 
-    def watched(*args, **kwargs):
-        out = real(*args, **kwargs)
+    def watched_gelu(*args, **kwargs):
+        out = original(*args, **kwargs)
         outputs.append(weakref.ref(out))
         return out
 
-    monkeypatch.setattr(F, "gelu", watched)
-    value = our_loss(model, *batch())
+    monkeypatch.setattr(F, "gelu", watched_gelu)
+    _, loss = model(*random_batch())
     assert [output() for output in outputs] == [None, None]  # of two layers
-    value.backward()
-    assert len(outputs) > 2  # made again
+    loss.backward()
+    assert len(outputs) > 2  # recomputed
 
 
 def test_a_step_leaves_no_cycles_for_the_garbage_collector():
-    model = small_model()  # training switches it off
-    our_loss(model, *batch()).backward()
+    """Guards against memory that grows, because training switches the collector off."""
+    model = optimized_model()
+    model(*random_batch())[1].backward()
     gc.collect()
-    with paused_garbage_collection():
+    with paused_gc():
         for _ in range(3):
-            our_loss(model, *batch()).backward()
+            model(*random_batch())[1].backward()
         assert gc.collect() == 0
 
 
 def test_logits_never_exist_whole(monkeypatch):
-    monkeypatch.setattr(loss, "CHUNK_ROWS", 16)
-    model, rows = small_model(), []
+    monkeypatch.setattr(kernels, "CHUNK_ROWS", 16)
+    model, rows = optimized_model(), []
 
-    class Watch(torch.overrides.TorchFunctionMode):
+    class RecordRows(torch.overrides.TorchFunctionMode):
+        """Notes how many rows of 384 logits each tensor has that torch returns."""
+
         def __torch_function__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
             if isinstance(out, torch.Tensor):
                 rows.append(out.numel() // 384 if out.shape[-1:] == (384,) else 0)
             return out
 
-    with Watch():
-        our_loss(model, *batch(B=16))
-    assert 16 <= max(rows) <= 32  # of 384 logits; the batch has 512 rows
+    with RecordRows():
+        model(*random_batch(B=16))
+    assert 16 <= max(rows) <= 32  # the batch has 512 rows
 
 
-def test_twenty_steps_as_the_plain_step_makes_them(any_size, chunks):
-    """Clipped updates of AdamW over accumulated gradients, fused and chunked or not."""
+def test_twenty_updates_give_the_losses_of_the_plain_model(onednn_at_any_size, small_chunks):
+    """Clipped AdamW updates over accumulated gradients, fused and with our kernels, or not."""
     trajectories = []
-    for compute, fused in ((plain_loss, False), (our_loss, True)):
-        model = small_model()
+    for model, fused in ((plain_model(), False), (optimized_model(), True)):
         optimizer = model.configure_optimizers(0.1, 1e-3)
         for group in optimizer.param_groups:
             group["fused"] = fused
-        trajectories.append([])
+        losses = []
         for step in range(20):
             for micro_step in range(2):
-                value = compute(model, *batch(seed=2 * (step % 3) + micro_step)) / 2
-                value.backward()
+                _, loss = model(*random_batch(seed=2 * (step % 3) + micro_step))
+                (loss / 2).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
-            trajectories[-1].append(value.item())
-    plain, ours = trajectories
-    assert plain[0] - plain[-1] > 0.1  # it learns
-    assert ours == pytest.approx(plain, abs=2e-5)
+            losses.append(loss.item() / 2)
+        trajectories.append(losses)
+    expected, losses = trajectories
+    assert expected[0] - expected[-1] > 0.1  # it learns
+    assert losses == pytest.approx(expected, abs=2e-5)
 
 
-KEEP_MEMORY = """
+COUNT_PAGE_FAULTS = """
 import resource, sys, torch
 sys.path.insert(0, sys.argv[1])
-from gpt2lab.device import tune_malloc
-if sys.argv[2] == "kept":
+from gpt2lab.kernels import tune_malloc
+if sys.argv[2] == "tuned":
     tune_malloc()
-for i in range(20):  # the first few find their places
+for i in range(20):  # the first few grow the heap
     if i == 10:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.ones(10, 2**20).sum()
@@ -255,13 +269,13 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a matter of glibc")
-def test_freed_memory_is_used_again():
+def test_tune_malloc_reuses_freed_memory():
     faults = {}
-    for how in ("kept", "plain"):
-        done = run_script("-c", KEEP_MEMORY, ROOT, how)
+    for how in ("tuned", "plain"):
+        done = run_script("-c", COUNT_PAGE_FAULTS, ROOT, how)
         assert done.returncode == 0, done.stderr
         faults[how] = int(done.stdout)
-    assert faults["kept"] < faults["plain"] / 4, faults
+    assert faults["tuned"] < faults["plain"] / 4, faults
 
 
 @pytest.mark.parametrize("card, peak", [

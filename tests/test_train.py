@@ -12,7 +12,12 @@ import train_gpt2
 from gpt2lab import presets, shards, tasks
 from gpt2lab.checkpoints import find_checkpoint, load_checkpoint
 from gpt2lab.cli import UserError
-from train_gpt2 import TrainConfig, get_lr, parse_config, train
+from train_gpt2 import TrainConfig, get_lr, train
+
+
+def parse(argv):
+    """(preset, TrainConfig) from the arguments of train_gpt2.py."""
+    return presets.parse_command_line(TrainConfig, "", argv)
 
 
 @pytest.mark.parametrize("step, lr", [
@@ -31,18 +36,19 @@ def test_learning_rate_without_warmup_and_without_decay():
 
 
 def test_defaults_are_the_124m_recipe():
-    preset, config = parse_config([])
+    preset, config = parse([])
     assert preset is None and config == TrainConfig()
     assert (config.B, config.T, config.total_batch_size, config.max_steps) == (
         64, 1024, 524_288, 19_073)
-    assert train_gpt2.check_config(config, 8) == 1 and train_gpt2.check_config(config, 1) == 8
+    for world_size in (8, 1):  # 1 and 8 micro-steps
+        presets.check_batch_size(config.B, config.T, config.total_batch_size, world_size)
 
 
 def test_explicit_flags_win_over_the_preset():
-    preset, config = parse_config(["--max_steps", "7", "--preset", "demo", "--compile"])
+    preset, config = parse(["--max_steps", "7", "--preset", "demo", "--compile"])
     assert preset == "demo" and config.max_steps == 7 and config.compile is True
     assert config == replace(TrainConfig(**presets.RUN_PRESETS["demo"]), max_steps=7, compile=True)
-    assert parse_config(["--no_compile", "--no_shuffle"])[1] == TrainConfig(
+    assert parse(["--no_compile", "--no_shuffle"])[1] == TrainConfig(
         compile=False, shuffle=False)
 
 

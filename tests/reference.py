@@ -1,11 +1,15 @@
-"""HellaSwag scored the slow, obvious way: what hellaswag.py is tested against and timed beside."""
+"""
+Reference for scoring HellaSwag: the slow, obvious way, one example at a time. The tests compare
+gpt2lab.scoring with it, and dev/bench.py measures both.
+"""
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
 
 def render_padded(example, tokenizer, block_size):
-    """(tokens, mask), (4, N): a row for each ending, padded at the right; mask 1 at the ending."""
+    """(tokens, mask), (4, N) each: one row an ending, padded at the right; mask 1 at the ending."""
     context = tokenizer.encode(example["ctx"])
     endings = [tokenizer.encode(" " + ending) for ending in example["endings"]]
     rows = [(context + ending)[-block_size:] for ending in endings]
@@ -18,14 +22,16 @@ def render_padded(example, tokenizer, block_size):
 
 
 @torch.inference_mode()
-def score_one_by_one(model, tokenizer, example):
+def score_one_by_one(model, tokenizer, example) -> tuple[np.ndarray, np.ndarray]:
     """
-    (sums, counts), two arrays (4,), by the plain definition: one example in a forward, its four
-    rows padded, logits at every position, the mask shifted to where each token is predicted.
+    (sums, counts), two arrays (4,): the summed loss (nats) and the number of tokens of each ending.
+
+    One forward computes the four padded rows of an example, with logits at every position. The mask
+    is shifted by one, because the logits at a position predict the next token.
     """
     tokens, mask = render_padded(example, tokenizer, model.config.block_size)
     logits = model(tokens)[0][..., :tokenizer.vocab_size]  # (4, N, V)
     losses = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten(),
-                             reduction="none").view(4, -1)  # (4, N - 1): loss of the next token
-    scored = mask[:, 1:]
+                             reduction="none").view(4, -1)  # (4, N - 1), losses of the next token
+    scored = mask[:, 1:]  # (4, N - 1)
     return (losses * scored).sum(1).numpy(), scored.sum(1).numpy()

@@ -1,0 +1,98 @@
+"""What a run of train_gpt2.py prints, and the guard against updates that are not finite."""
+
+import math
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+
+from gpt2lab.checkpoints import find_checkpoint
+from gpt2lab.cli import UserError, env_rank
+from gpt2lab.device import format_mfu
+from gpt2lab.distributed import Ranks, on_master
+from gpt2lab.runlog import open_logger
+
+
+def open_log(config, ranks: Ranks, start_step: int, resumed_from: str | None) -> Callable:
+    """
+    The function log(step, name=value, ...) of a run. It writes on the master only, where the log
+    folder is made ready. An error on the master is raised on all ranks.
+    """
+    def log(step: int, **values: float) -> None:
+        pass
+
+    def open_on_master() -> None:
+        nonlocal log
+        log = open_logger(config, start_step, resumed_from)
+
+    on_master(ranks, open_on_master)
+    return log
+
+
+def val_loss(run, step: int, loss: float) -> float | None:
+    """
+    Print and log a validation loss (nats a token). Returns it in bits per byte, the measure that
+    compares tokenizers, or None if the shards do not tell their bytes.
+    """
+    bits_per_byte = None
+    run.log(step, val=loss)
+    line = f"validation loss: {loss:.4f}"
+    if run.val_loader.bytes_per_token:
+        bits_per_byte = loss / math.log(2) / run.val_loader.bytes_per_token
+        run.log(step, bits_per_byte=bits_per_byte)
+        line += f" | {bits_per_byte:.4f} bits per byte"
+    run.ranks.print0(line)
+    return bits_per_byte
+
+
+def update(run, step: int, loss: float, lr: float, norm: float, dt: float,
+           seconds_per_step: float) -> None:
+    """
+    Print the line of an update: mean loss (nats a token), learning rate, gradient norm, its own
+    seconds `dt`, and the time left if the run goes on at `seconds_per_step`.
+    """
+    config = run.config
+    tokens_per_sec = config.total_batch_size / dt
+    eta = seconds_per_step * (config.max_steps - step - 1)  # seconds
+    mfu = format_mfu(run.raw_model, config.T, tokens_per_sec, run.dtype, run.ranks.ddp_world_size)
+    run.ranks.print0(f"step {step:5d} | loss: {loss:.6f} | lr {lr:.4e} | norm: {norm:.4f} | "
+                     f"dt: {1000 * dt:.2f}ms | tok/sec: {tokens_per_sec:.2f} | "
+                     f"eta {timedelta(seconds=int(eta))}{mfu}")
+
+
+def skipped_update(run, step: int, loss: float, norm: float, bad_steps: int) -> int:
+    """
+    Print which update was skipped because its loss or norm is not finite. Returns how many in a row
+    that makes, `bad_steps` having come before. Raises UserError if they are too many.
+    """
+    rows = run.config.total_batch_size // run.config.T  # sequences of an update
+    scale = run.scaler.get_scale()  # 1 unless float16
+    run.ranks.print0(f"step {step:5d} | loss: {loss:.6f} | norm: {norm:.4f} | update skipped, it "
+                     f"is not finite; sequences {step * rows} to {(step + 1) * rows - 1}")
+    run.log(step, skipped=1)
+    if math.isfinite(loss) and scale > 1:
+        return bad_steps  # float16 gradients overflowed, and the scaler has halved its scale
+    if bad_steps + 1 >= run.config.max_bad_steps > 0:
+        raise UserError(f"step {step}: {bad_steps + 1} updates in a row were not finite; the last "
+                        "checkpoint is good, resume it with a lower --max_lr and --resume_anyway")
+    return bad_steps + 1
+
+
+def end(config, result: dict, what_next: str | None) -> int:
+    """
+    Print how a run ended, given what `train` returned, and `what_next` if it reached its last step.
+    Returns the exit code, 1 if the last checkpoint could not be written. Only the master prints.
+    """
+    if env_rank() > 0:
+        return 0
+    how = "stopped by a signal at" if result["stopped"] else "trained to"
+    print(f"{how} step {result['step']} in {timedelta(seconds=int(result['seconds']))}, "
+          f"checkpoint: {find_checkpoint(config.log_dir)}")
+    if result["checkpoint"] is None and result["step"]:
+        print("error: the last checkpoint could not be written: make room and --resume",
+              file=sys.stderr)
+        return 1
+    if result["stopped"]:
+        print("next: the same command with --resume")
+    elif what_next:
+        print(what_next)
+    return 0
