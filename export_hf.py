@@ -7,6 +7,7 @@ Exports a checkpoint as a Hugging Face folder, which transformers, lm-eval and t
 """
 
 import base64
+import contextlib
 import json
 import os
 import re
@@ -32,9 +33,10 @@ from gpt2lab.tokenizer import (
 # the options of a run that its model card lists. Paths of this machine are not published
 MODEL_CARD_KEYS = ("total_batch_size", "T", "max_steps", "optimizer", "max_lr", "min_lr",
                    "warmup_steps", "weight_decay", "beta2", "grad_clip", "shuffle", "seed", "dtype")
-# the text on which an exported tokenizer must agree with ours: spaces, line breaks, digits,
-# accents, other scripts, bytes
-PROBE = ("Hello,  I'm\ta café—naïve!\n\n  x = [1234.5] ﬁ Ａ e\u0301 "
+# the text on which an exported tokenizer must agree with ours: long words, spaces, line breaks,
+# digits, accents, other scripts, bytes
+PROBE = ("An international dictionary of representative attributes, collections and assignments. "
+         "Hello,  I'm\ta café—naïve!\n\n  x = [1234.5] ﬁ Ａ e\u0301 "
          "他說：「你好」。 Привет 안녕 🙂\x00 end ")
 
 # -----------------------------------------------------------------------------
@@ -245,14 +247,32 @@ def json_bytes(value):
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
 
 
+@contextlib.contextmanager
 def new_folder(out):
-    """The absolute path of the folder to write. Raises UserError unless it is empty or absent."""
-    out = Path(out).resolve()
+    """
+    A context that makes the folder `out`. Its files are written to the temporary folder that it
+    yields. If that fails, nothing is left. Raises UserError, before anything is written, unless
+    `out` is empty or absent and can be made.
+    """
     if out.is_dir() and any(out.iterdir()):
         raise UserError(f"{out} is not empty: name another folder, or remove it")
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file: name another folder")
-    return out
+    # a folder that is there already, for example a mounted one or the current one, stays
+    temporary = (out if out.is_dir() else out.parent) / f"{out.name}.{os.getpid()}.tmp"
+    try:
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"cannot make {out} ({error.strerror}): name another folder") from error
+    try:
+        yield temporary
+        if out.is_dir():
+            for path in temporary.iterdir():
+                path.rename(out / path.name)
+        else:
+            temporary.rename(out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # is not there any more, or is in the way
 
 
 def export(source, out, dtype="float32", name=None):
@@ -261,32 +281,29 @@ def export(source, out, dtype="float32", name=None):
     anything fails, no folder is left. `name` is the model's name in the model card, by default the
     folder's. Raises UserError.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
-    out, path = new_folder(out), resolve_checkpoint(source)
+    out, path = Path(out).resolve(), resolve_checkpoint(source)
     if path is None:
         raise UserError(f"{source} is neither a checkpoint nor a log folder: name one")
-    checkpoint = load_checkpoint(path)
-    model_config, tokenizer = checkpoint["model_config"], Tokenizer(**checkpoint["tokenizer"])
-    weights = hf_weights(checkpoint["model"], model_config["vocab_size"], getattr(torch, dtype))
-    eot = tokenizer.eot
-    files = tokenizer_files(tokenizer, model_config["block_size"])
-    files["config.json"] = json_bytes(hf_config(model_config, eot, dtype))
-    files["generation_config.json"] = json_bytes(
-        {"bos_token_id": eot, "eos_token_id": eot, "pad_token_id": eot})
-    files["README.md"] = model_card(checkpoint, path, name or out.name).encode("utf-8")
-    temporary = out.with_name(f"{out.name}.{os.getpid()}.tmp")
-    temporary.mkdir(parents=True)
-    try:
-        save_file(weights, temporary / "model.safetensors", metadata={"format": "pt"})
+    with new_folder(out) as folder:
+        checkpoint = load_checkpoint(path)
+        model_config, tokenizer = checkpoint["model_config"], Tokenizer(**checkpoint["tokenizer"])
+        weights = hf_weights(checkpoint["model"], model_config["vocab_size"], getattr(torch, dtype))
+        eot = tokenizer.eot
+        files = tokenizer_files(tokenizer, model_config["block_size"])
+        files["config.json"] = json_bytes(hf_config(model_config, eot, dtype))
+        files["generation_config.json"] = json_bytes(
+            {"bos_token_id": eot, "eos_token_id": eot, "pad_token_id": eot})
+        files["README.md"] = model_card(checkpoint, path, name or out.name).encode("utf-8")
+        try:
+            save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        except SafetensorError as error:  # a full disk
+            raise UserError(f"cannot write {out} ({error}): make room, or name another") from error
         for file_name, content in files.items():
-            (temporary / file_name).write_bytes(content)
+            (folder / file_name).write_bytes(content)
         # safetensors makes its file readable by its owner only
-        shutil.copymode(temporary / "config.json", temporary / "model.safetensors")
-        if out.is_dir():
-            out.rmdir()  # it is empty; Windows cannot rename onto an existing folder
-        temporary.rename(out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # exists only if something has failed
+        shutil.copymode(folder / "config.json", folder / "model.safetensors")
     return out
 
 
@@ -342,4 +359,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, output_may_be_lost=True)

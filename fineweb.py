@@ -16,6 +16,7 @@ finished shard, and the folder ends up the same, byte for byte. This module neve
 
 import argparse
 import contextlib
+import itertools
 import os
 import re
 import shutil
@@ -29,7 +30,15 @@ import numpy as np
 from tqdm import tqdm
 
 from gpt2lab import sources
-from gpt2lab.cli import UserError, env_rank, list_differences, make_parser, run_main
+from gpt2lab.cli import (
+    UserError,
+    available_cpus,
+    env_int,
+    env_ranks,
+    list_differences,
+    make_parser,
+    run_main,
+)
 from gpt2lab.files import read_json, sha256, write_atomically, write_json
 from gpt2lab.shards import (
     FIRST_INDEX,
@@ -53,6 +62,8 @@ GROUP_CHARS = 1 << 18  # how much text a tokenizer thread gets at a time
 BYTES_PER_TOKEN = 4  # a rough figure for English, used only to tell small corpora from large ones
 COMPRESSION = 4  # compressed text may be this many times as long as its file
 PROGRESS_TOKENS = 500_000  # the progress bar moves at least this often
+TOKENIZER_FILES = {"bpe": "tokenizer.json", "spm": "tokenizer.spm"}  # in a folder of shards
+DOWNLOADS = "in_progress_downloads"  # folder inside the folder of shards, removed at the end
 
 
 # -----------------------------------------------------------------------------
@@ -102,9 +113,9 @@ class Corpus:
     small one is kept in memory.
     """
 
-    def __init__(self, inputs: Sequence[Input], text_column: str, download_dir: Path | None,
-                 prefetch: bool) -> None:
-        self.inputs, self.text_column = inputs, text_column
+    def __init__(self, inputs: Sequence[Input], text_column: str, separator: str | None,
+                 download_dir: Path | None, prefetch: bool) -> None:
+        self.inputs, self.text_column, self.separator = inputs, text_column, separator
         self.download_dir, self.prefetch = download_dir, prefetch
         self.train_bytes: int | None = None  # of a small corpus: how many bytes in front are train
         # of a very small corpus: all chunks, the row counts, and the messages about bad rows
@@ -129,7 +140,7 @@ class Corpus:
         read = sources.read_inputs(
             self.inputs, [i for i in indices if i >= first[0]], self.text_column, counter,
             download_dir=self.download_dir, delete_downloads=delete_downloads,
-            prefetch=self.prefetch)
+            prefetch=self.prefetch, separator=self.separator)
         chunks = (TextChunk(text, starts, None, file, number, len(text.encode("utf-8")))
                   for file, number, text, starts in read
                   if (file, number) >= tuple(first))  # earlier chunks are read and thrown away
@@ -166,15 +177,18 @@ def tokenizer_sample(chunks: Iterable[TextChunk], skipped_chars: int) -> Iterato
     Yield texts to train a tokenizer on, SAMPLE_BYTES in all. Text of val is left out; as long as
     chunks have no split, their first `skipped_chars` characters may be val's.
     """
-    num_bytes = 0
+    num_bytes, rest = 0, ""
     for chunk in chunks:
         if chunk.split is None and skipped_chars > 0:
+            rest = chunk.text[skipped_chars:]
             skipped_chars -= len(chunk.text)
         elif chunk.split != "val" and chunk.text:
             yield chunk.text
             num_bytes += chunk.num_bytes
         if num_bytes >= SAMPLE_BYTES:
             return
+    if num_bytes < len(rest):  # most of the text is in the chunk in which val ends
+        yield rest
 
 
 # -----------------------------------------------------------------------------
@@ -255,7 +269,7 @@ class ShardWriter:
             split, size = self.split_and_size(chunk)
             if split != self.split:
                 self.flush([chunk.file, chunk.number, used])
-                self.split, self.buffer = split, np.empty(size, self.dtype)
+                self.split, self.buffer = split, self.new_buffer(size)
             room = size - self.filled
             if self.max_tokens is not None:
                 room = min(room, self.max_tokens - self.total)
@@ -268,6 +282,14 @@ class ShardWriter:
                 chunk_done = used == len(tokens)
                 self.flush([chunk.file, chunk.number + 1, 0] if chunk_done
                            else [chunk.file, chunk.number, used])
+
+    def new_buffer(self, size: int) -> np.ndarray:
+        """An array for the tokens of a shard. Raises UserError if they do not fit into memory."""
+        try:
+            return np.empty(size, self.dtype)
+        except MemoryError as error:
+            raise UserError(f"a shard of {size:,} tokens does not fit into memory: lower "
+                            "--shard_size") from error
 
     def add_to_totals(self, chunk: TextChunk, part: np.ndarray, whole: bool, first: bool) -> None:
         """
@@ -301,7 +323,7 @@ class ShardWriter:
 def write_shards(chunks: Iterable[TextChunk], tokenizer: Tokenizer, writer: ShardWriter,
                  inputs: Sequence[Input], num_proc: int) -> None:
     """Tokenize the chunks, write them as shards, and show a progress bar on stderr."""
-    sizes = [item.size for item in inputs]
+    size_before = list(itertools.accumulate((item.size for item in inputs), initial=0))
     text_per_size = 2.0 if sources.is_compressed(inputs) else 1.0  # a guess for the first file
     file = None
     options = dict(unit="tok", unit_scale=True, initial=writer.total, total=writer.max_tokens)
@@ -313,14 +335,16 @@ def write_shards(chunks: Iterable[TextChunk], tokenizer: Tokenizer, writer: Shar
             if chunk.file == file and writer.total - progress.n < PROGRESS_TOKENS:
                 continue
             num_bytes, documents = writer.sum_totals("bytes"), writer.sum_totals("documents")
-            if chunk.file != file and sum(sizes[:chunk.file]) > 0:
-                text_per_size = num_bytes / sum(sizes[:chunk.file])
+            if chunk.file != file and size_before[chunk.file] > 0:
+                text_per_size = num_bytes / size_before[chunk.file]
             if writer.max_tokens is None:  # an estimate, from which tqdm tells the time left
                 tokens_per_byte = writer.total / max(num_bytes, 1)
-                progress.total = int(sum(sizes) * text_per_size * tokens_per_byte)
+                progress.total = int(size_before[-1] * text_per_size * tokens_per_byte)
             file = chunk.file
+            # tqdm redraws the bar at most ten times a second, however many files there are
+            progress.set_postfix_str(f"{documents:,} docs, {Path(inputs[file].name).name}",
+                                     refresh=False)
             progress.update(writer.total - progress.n)
-            progress.set_postfix_str(f"{documents:,} docs, {Path(inputs[file].name).name}")
         writer.flush([len(inputs), 0, 0])
         progress.total = writer.total
         progress.update(writer.total - progress.n)
@@ -335,6 +359,8 @@ def check_arguments(prepare_args: dict) -> None:
     check_spec(prepare_args["tokenizer"])
     if not 0 < prepare_args["val_fraction"] < 1:
         raise UserError(f"--val_fraction {prepare_args['val_fraction']} must lie between 0 and 1")
+    if prepare_args["document_separator"] == "":
+        raise UserError("--document_separator must not be empty")
     for name in ("shard_size", "max_tokens"):
         if prepare_args[name] is not None and prepare_args[name] < 2:
             raise UserError(f"--{name} {prepare_args[name]} must be at least 2")
@@ -343,7 +369,7 @@ def check_arguments(prepare_args: dict) -> None:
 def check_folder(out_dir: Path, prepare_args: dict) -> None:
     """
     Raise UserError if `out_dir` holds shards that were made with other arguments or not by
-    fineweb.py.
+    fineweb.py, or a file that would be overwritten.
     """
     paths = [out_dir / "meta.json"]
     if not paths[0].is_file():
@@ -353,8 +379,22 @@ def check_folder(out_dir: Path, prepare_args: dict) -> None:
         if differences:
             raise UserError(f"{out_dir} was made with {', '.join(differences)}: choose another "
                             "--out")
-    if not paths and (find_shards(out_dir, "train") or find_shards(out_dir, "val")):
+    if paths:
+        return
+    if find_shards(out_dir, "train") or find_shards(out_dir, "val"):
         raise UserError(f"{out_dir} holds shards that were not made here: choose another --out")
+    for name in TOKENIZER_FILES.values():
+        if prepare_args["tokenizer"] != "gpt2" and (out_dir / name).exists():
+            raise UserError(f"{out_dir} holds a {name} already, which would be overwritten: "
+                            "remove it, or choose another --out")
+
+
+def check_writable(out_dir: Path) -> None:
+    """Raise UserError if `out_dir` is not a folder that can be made or written to."""
+    parent = next(path for path in (out_dir, *out_dir.absolute().parents) if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise UserError(f"cannot write to {out_dir}, because {parent} is not a folder that may be "
+                        "written to: choose another --out")
 
 
 def find_inputs(prepare_args: dict, earlier: list[Input], out_dir: Path) -> list[Input]:
@@ -364,14 +404,25 @@ def find_inputs(prepare_args: dict, earlier: list[Input], out_dir: Path) -> list
     """
     if sources.is_on_hub(earlier):
         return earlier  # pinned to the revision of the start, and known without a network
-    names = [str(sources.spool_stdin(out_dir / "downloads")) if source == "-" else source
-             for source in prepare_args["source"]]
+    names = prepare_args["source"]
+    if "-" in names:
+        path = str(sources.spool_stdin(out_dir / DOWNLOADS))
+        names = [path if name == "-" else name for name in names]
+        old_path = str(out_dir / "downloads" / "stdin.txt")  # where earlier versions had it
+        earlier = [item._replace(name=path) if item.name == old_path else item for item in earlier]
     inputs = sources.list_inputs(names, prepare_args["config"], prepare_args["split"])
-    if earlier and inputs != earlier:
-        changed = min(set(earlier) ^ set(inputs))
-        raise UserError(f"the sources have changed since {out_dir} was begun ({changed.name}): "
+    if not earlier:
+        return inputs
+    present, known = set(inputs), set(earlier)
+    changed = [item.name for item in earlier if item not in present]
+    if changed:
+        raise UserError(f"the sources have changed since {out_dir} was begun ({changed[0]}): "
                         "choose another --out, or remove it and start again")
-    return inputs
+    added = [item.name for item in inputs if item not in known]
+    if added:
+        sources.print_to_stderr(f"left out what was not there when {out_dir} was begun: "
+                                f"{sources.name_some(added)}")
+    return earlier
 
 
 def cut_small_corpus(corpus: Corpus, prepare_args: dict, tokenizer: Tokenizer | None,
@@ -413,8 +464,8 @@ def new_state(prepare_args: dict, inputs: list[Input]) -> dict:
 def open_corpus(inputs: list[Input], prepare_args: dict, out_dir: Path,
                 num_proc: int) -> tuple[Corpus, Tokenizer]:
     """The corpus, cut into train and val if it is small, and its tokenizer, trained if need be."""
-    corpus = Corpus(inputs, prepare_args["text_column"], out_dir / "downloads",
-                    prefetch=prepare_args["max_tokens"] is None)
+    corpus = Corpus(inputs, prepare_args["text_column"], prepare_args["document_separator"],
+                    out_dir / DOWNLOADS, prefetch=prepare_args["max_tokens"] is None)
     spec = prepare_args["tokenizer"]
     # a tokenizer is trained after the cut, because it must not see the text of val
     tokenizer = None if ":" in spec else make_tokenizer(spec)
@@ -428,13 +479,14 @@ def open_corpus(inputs: list[Input], prepare_args: dict, out_dir: Path,
 
 def prepare(source: Iterable[str | Path], out: str | Path, tokenizer: str | Path = "gpt2", *,
             config: str | None = None, split: str = "train", text_column: str = "text",
-            shard_size: int = 100_000_000, val_fraction: float = 0.1,
-            max_tokens: int | None = None, rank: int = 0, world_size: int = 1,
-            num_proc: int | None = None, keep_downloads: bool = False) -> dict | None:
+            document_separator: str | None = None, shard_size: int = 100_000_000,
+            val_fraction: float = 0.1, max_tokens: int | None = None, rank: int = 0,
+            world_size: int = 1, num_proc: int | None = None,
+            keep_downloads: bool = False) -> dict | None:
     """
     Write the folder of shards `out` from `source`, a list as sources.list_inputs takes it. Returns
     the dict of its meta.json, or None while other ranks are still working. Raises UserError for
-    everything that the user can fix.
+    everything that the user can fix. `document_separator` stands between documents of a .txt file.
 
     The first shard of `shard_size` tokens is val; with `max_tokens`, val has at most `val_fraction`
     of these tokens. A corpus too small for two shards is split by text instead: its last
@@ -442,18 +494,20 @@ def prepare(source: Iterable[str | Path], out: str | Path, tokenizer: str | Path
     """
     prepare_args = {
         "source": [str(s) for s in source], "config": config, "split": split,
-        "text_column": text_column, "tokenizer": str(tokenizer), "shard_size": shard_size,
-        "val_fraction": val_fraction, "max_tokens": max_tokens, "world_size": world_size}
+        "text_column": text_column, "document_separator": document_separator,
+        "tokenizer": str(tokenizer), "shard_size": shard_size, "val_fraction": val_fraction,
+        "max_tokens": max_tokens, "world_size": world_size}
     check_arguments(prepare_args)
     out_dir = Path(out)
     check_folder(out_dir, prepare_args)
     if (out_dir / "meta.json").is_file():
         print(f"{out_dir} is complete")
         return read_meta(out_dir)
+    check_writable(out_dir)
     state_file = out_dir / f"in_progress_{rank}.json"
     state = read_json(state_file) if state_file.is_file() else {}
     inputs = find_inputs(prepare_args, [Input(*item) for item in state.get("inputs", [])], out_dir)
-    num_proc = num_proc or os.cpu_count() or 1
+    num_proc = num_proc or available_cpus()
     # local files are read here, before anything is written, so that bad files leave no folder
     corpus, loaded_tokenizer = open_corpus(inputs, prepare_args, out_dir, num_proc)
     if not state or corpus.train_bytes is not None:  # a small corpus is written from the start
@@ -507,9 +561,19 @@ def finish_folder(out_dir: Path, tokenizer: Tokenizer, prepare_args: dict,
     write_json(out_dir / "meta.json", meta)
     for path in paths:
         path.unlink(missing_ok=True)
-    if not keep_downloads:
-        shutil.rmtree(out_dir / "downloads", ignore_errors=True)
+    end_downloads(out_dir, keep_downloads)
     return meta
+
+
+def end_downloads(out_dir: Path, keep_downloads: bool) -> None:
+    """Remove the downloads of a finished folder, or give them a name that was not there before."""
+    if not keep_downloads:
+        shutil.rmtree(out_dir / DOWNLOADS, ignore_errors=True)
+        return
+    names = itertools.chain(["downloads"], (f"downloads_{n}" for n in itertools.count(2)))
+    name = next(name for name in names if not (out_dir / name).exists())
+    with contextlib.suppress(FileNotFoundError):  # nothing was downloaded, or another rank was here
+        os.rename(out_dir / DOWNLOADS, out_dir / name)
 
 
 def rename_shards(out_dir: Path, states: list[dict]) -> list[dict]:
@@ -541,8 +605,8 @@ def make_meta(tokenizer: Tokenizer, prepare_args: dict, states: list[dict],
         "rows_skipped": sum(num_bad for _, num_bad in rows),
         "recipe": prepare_args, "inputs": states[0]["inputs"], "shards": shards}
     if tokenizer.model:
-        is_json = tokenizer.model.startswith("{")
-        meta["tokenizer_file"] = "tokenizer.json" if is_json else "tokenizer.spm"
+        kind = "bpe" if tokenizer.model.startswith("{") else "spm"
+        meta["tokenizer_file"] = TOKENIZER_FILES[kind]
         meta["tokenizer_sha256"] = sha256(tokenizer.model.encode("utf-8"))
     return meta
 
@@ -570,6 +634,8 @@ def parse_args() -> argparse.Namespace:
     add("--config", help="configuration of a Hugging Face dataset (fineweb-edu: sample-10BT)")
     add("--split", default="train", help="split of a Hugging Face dataset to read (%(default)s)")
     add("--text_column", default="text", help="column or field that holds the text (%(default)s)")
+    add("--document_separator", metavar="TEXT",
+        help="what stands between the documents of a .txt file, for example '<|endoftext|>'")
     add("--tokenizer", default="gpt2",
         help="gpt2, bpe:N or spm:N to train one, or the path of a trained one (%(default)s)")
     add("--out", default="edu_fineweb10B", help="folder to write to (%(default)s)")
@@ -577,23 +643,36 @@ def parse_args() -> argparse.Namespace:
     add("--max_tokens", type=parse_count, help="stop after so many tokens, for example 10M")
     add("--val_fraction", type=float, default=0.1,
         help="share of a small corpus, or of --max_tokens, that becomes val (%(default)s)")
-    add("--num_proc", type=int, help="tokenizer threads (one per core)")
-    add("--rank", type=int, default=env_rank(),
-        help="number of this process, from 0 (torchrun sets it)")
-    add("--world_size", type=int, default=int(os.environ.get("WORLD_SIZE", 1)),
-        help="how many processes share the files (torchrun sets it)")
+    add("--num_proc", type=int, help="tokenizer threads (one for each CPU that may be used)")
+    add("--rank", type=int, help="number of this process, from 0 (torchrun sets it)")
+    add("--world_size", type=int, help="how many processes share the files (torchrun sets it)")
     add("--keep_downloads", action="store_true",
         help="keep downloaded files in OUT/downloads, not only two at a time")
     add("--verify", metavar="DIR", help="only check a folder of shards")
     add("--stats", metavar="DIR", help="only describe a folder of shards")
     args = parser.parse_args()
-    if not 0 <= args.rank < args.world_size:
-        raise UserError(f"--rank {args.rank} must be from 0 to {args.world_size - 1}")
+    set_rank(args)
     if args.num_proc is not None and args.num_proc < 1:
         raise UserError(f"--num_proc {args.num_proc} must be at least 1")
     if args.config is None and args.source == ["HuggingFaceFW/fineweb-edu"]:
         args.config = "sample-10BT"
     return args
+
+
+def set_rank(args: argparse.Namespace) -> None:
+    """
+    Take what the command line does not say of rank and world_size from torchrun's environment
+    variables. Raises UserError if they contradict each other.
+    """
+    if args.rank is None and args.world_size is None:
+        args.rank, _, args.world_size = env_ranks()
+    if args.world_size is None:
+        args.world_size = env_int("WORLD_SIZE", 1)
+    if args.rank is None:
+        args.rank = env_int("RANK", 0) if args.world_size > 1 else 0
+    if not 0 <= args.rank < args.world_size:
+        raise UserError(f"rank {args.rank} must be from 0 to {args.world_size - 1}: set --rank and "
+                        "--world_size, or RANK and WORLD_SIZE in the environment")
 
 
 def main() -> None:
@@ -606,14 +685,16 @@ def main() -> None:
         print_stats(args.stats)
         return
     if args.world_size > 1:
-        os.environ["RANK"] = str(args.rank)  # temporary files and error lines name the rank
+        # temporary files and error lines name the rank
+        os.environ.update(RANK=str(args.rank), WORLD_SIZE=str(args.world_size))
     # Hugging Face's tokenizers start threads of their own, as many as this says
-    os.environ.setdefault("RAYON_NUM_THREADS", str(args.num_proc or os.cpu_count()))
+    os.environ.setdefault("RAYON_NUM_THREADS", str(args.num_proc or available_cpus()))
     meta = prepare(
         args.source, args.out, args.tokenizer, config=args.config, split=args.split,
-        text_column=args.text_column, shard_size=args.shard_size, val_fraction=args.val_fraction,
-        max_tokens=args.max_tokens, rank=args.rank, world_size=args.world_size,
-        num_proc=args.num_proc, keep_downloads=args.keep_downloads)
+        text_column=args.text_column, document_separator=args.document_separator,
+        shard_size=args.shard_size, val_fraction=args.val_fraction, max_tokens=args.max_tokens,
+        rank=args.rank, world_size=args.world_size, num_proc=args.num_proc,
+        keep_downloads=args.keep_downloads)
     if meta is None:
         return
     for split in SPLITS:
@@ -624,4 +705,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, output_may_be_lost=True)

@@ -24,10 +24,10 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from gpt2lab import kernels
-from gpt2lab.checkpoints import default_source
+from gpt2lab.checkpoints import default_source, list_model_files
 from gpt2lab.cli import UserError, make_parser, run_main
-from gpt2lab.distributed import Ranks, init_distributed
-from gpt2lab.files import write_atomically
+from gpt2lab.distributed import Ranks, init_distributed, on_master
+from gpt2lab.files import check_output, write_output
 from gpt2lab.scoring import Score, count_correct, score_hellaswag, standard_error
 from gpt2lab.tasks import OFFICIAL_FILES, download_on_each_node, iterate_examples
 from train_gpt2 import load
@@ -52,21 +52,32 @@ def mcnemar(only_a: int, only_b: int) -> float:
 
 
 def read_results(path: str) -> dict[int, dict]:
-    """{ind: result} of a file written by --out. Raises UserError if it is another file."""
+    """
+    {ind: result} of a file written by --out. Raises UserError if it is another file, is empty, or
+    has two results for an example.
+    """
     try:
         rows = [json.loads(line) for line in Path(path).read_text("utf-8").splitlines()]
-        return {row["ind"]: {key: row[key] for key in ("label", "pred", "pred_norm")}
-                for row in rows}
+        results = {row["ind"]: {key: row[key] for key in ("label", "pred", "pred_norm")}
+                   for row in rows}
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} was not written by hellaswag.py --out: name another file"
                         ) from error
+    if not results:
+        raise UserError(f"{path} is empty: write it again with hellaswag.py --out")
+    if len(results) < len(rows):
+        raise UserError(f"{path} has two results for an example: score data without doubles")
+    return results
 
 
 def compare(path_a: str, path_b: str) -> None:
     """Print how two files of --out agree, and whether their accuracies differ beyond chance."""
     a, b = read_results(path_a), read_results(path_b)
-    common = [ind for ind in a if ind in b and a[ind]["label"] is not None
-              and a[ind]["label"] == b[ind]["label"]]
+    common = [ind for ind in a if ind in b and a[ind]["label"] is not None]
+    if not all(a[ind]["label"] == b[ind]["label"] for ind in common):
+        raise UserError(f"{path_a} and {path_b} give an example of the same number different "
+                        "labels, so they come from different files or splits: compare two models "
+                        "on the same examples")
     if not common:
         raise UserError(f"{path_a} and {path_b} have no labelled example in common: compare two "
                         "models on the same examples")
@@ -87,7 +98,7 @@ def compare(path_a: str, path_b: str) -> None:
 
 def load_examples(args: argparse.Namespace, ranks: Ranks) -> list[dict]:
     """The examples that the command line asks for. Raises UserError or OSError."""
-    path = Path(args.data) if args.data else download_on_each_node(args.split, ranks)
+    path = download_on_each_node(args.split, ranks) if args.data is None else Path(args.data)
     fields = ["endings"]
     fields += ["activity_label", "ctx_a", "ctx_b"] if args.lm_eval_style else ["ctx"]
     if args.split != "test":
@@ -113,7 +124,7 @@ def print_score(score: Score, num_results: int) -> None:
           f"acc_norm: {num_correct_norm}/{total}={num_correct_norm / total:.4f}")
 
 
-def write_results(path: str, results: list[tuple[int, dict]], ranks: Ranks) -> None:
+def write_results(path: Path, results: list[tuple[int, dict]], ranks: Ranks) -> None:
     """Write the (number, result) pairs of all ranks, ordered by number, as lines of JSON."""
     if dist.is_initialized():
         results_by_rank: list = [None] * ranks.ddp_world_size
@@ -122,13 +133,16 @@ def write_results(path: str, results: list[tuple[int, dict]], ranks: Ranks) -> N
     if ranks.master_process:
         results = sorted(results, key=lambda pair: pair[0])
         text = "".join(json.dumps(result) + "\n" for _, result in results)
-        write_atomically(Path(path), lambda file: file.write(text.encode("utf-8")))
+        write_output(path, text.encode("utf-8"))
 
 
 def score_model(args: argparse.Namespace, ranks: Ranks) -> None:
     """Score the model that the command line names; print the accuracies and write --out."""
+    source = default_source() if args.model is None else args.model
+    if args.out is not None:
+        inputs = [*list_model_files(source), *([] if args.data is None else [args.data])]
+        out = on_master(ranks, lambda: check_output(args.out, inputs))
     examples = load_examples(args, ranks)
-    source = args.model or default_source()
     model, tokenizer = load(source, ranks.device)
     kernels.optimize(model)
     results, num_correct_norm = [], 0  # of this rank
@@ -152,10 +166,12 @@ def score_model(args: argparse.Namespace, ranks: Ranks) -> None:
             print_score(count_correct([result for _, result in results]), len(results))
         raise
     progress.close()
-    if args.out:
-        write_results(args.out, results, ranks)
-    if ranks.master_process:
-        print_score(score, len(examples))
+    try:
+        if args.out is not None:
+            write_results(out, results, ranks)
+    finally:  # the disk may be full
+        if ranks.master_process:
+            print_score(score, len(examples))
 
 
 # -----------------------------------------------------------------------------
@@ -186,6 +202,8 @@ def parse_args() -> argparse.Namespace:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name} {value} must be at least 1")
+    if args.compare and args.out is not None:
+        raise UserError("--compare scores nothing, so it has nothing to write: leave out --out")
     return args
 
 

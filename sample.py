@@ -15,15 +15,14 @@ import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import torch
 
 from gpt2lab import kernels
-from gpt2lab.checkpoints import default_source
+from gpt2lab.checkpoints import default_source, list_model_files
 from gpt2lab.cli import UserError, make_parser, run_main
-from gpt2lab.device import pick_device
-from gpt2lab.files import write_atomically
+from gpt2lab.device import limit_threads, pick_device
+from gpt2lab.files import check_output, write_output
 from gpt2lab.generate import generate
 from gpt2lab.tokenizer import Tokenizer
 from train_gpt2 import GPT, load
@@ -36,6 +35,7 @@ STYLES = {
     "wild": dict(temperature=1.2, top_k=0, top_p=0.98),
 }
 DEFAULT_PROMPT = "Hello, I'm a language model,"
+MAX_PROMPT_BYTES = 10_000_000  # the model sees no more than the end of a long prompt
 ROWS_AT_ONCE = 16  # further samples are drawn afterwards, because each row needs its own KV cache
 
 # -----------------------------------------------------------------------------
@@ -222,6 +222,7 @@ def interact(session: Session) -> None:
     while True:
         try:
             line = input("> ")
+            line.encode("utf-8")  # raises UnicodeError if a byte of the line is not text
             if line.startswith("/"):
                 print(session.run_command(line))
             else:
@@ -251,7 +252,7 @@ def parse_number(name: str, text: str) -> int | float:
     kind, lowest, highest = LIMITS[name]
     with contextlib.suppress(ValueError):
         value = kind(text)
-        if lowest <= value <= highest:  # false for a NaN
+        if lowest <= value <= highest and value != math.inf:  # false for a NaN
             return value
     span = f"of at least {lowest}" if highest == math.inf else f"from {lowest} to {highest}"
     raise UserError(f"{name} {text}: it must be a {'whole ' if kind is int else ''}number {span}")
@@ -300,7 +301,22 @@ def parse_args() -> argparse.Namespace:
             raise UserError(f"--interactive does not use --{name}: leave one of them out")
     if args.prompt is not None and args.prompt_file is not None:
         raise UserError("--prompt and --prompt_file both give a prompt: leave one of them out")
+    if args.stop is not None:
+        args.stop = decode_argument("--stop", args.stop)
+        if not args.stop:
+            raise UserError("--stop is empty: give the text that ends a sample, or leave it out")
     return args
+
+
+def decode_argument(flag: str, text: str) -> str:
+    """
+    The text of a flag. Bytes that are not of the system's encoding, which Python passes as lone
+    surrogates, must be UTF-8, or UserError is raised.
+    """
+    try:
+        return text.encode("utf-8", "surrogateescape").decode("utf-8")
+    except UnicodeError as error:
+        raise UserError(f"{flag} is not UTF-8 ({error}): give it in UTF-8") from error
 
 
 def sampling_options(args: argparse.Namespace) -> dict:
@@ -315,15 +331,19 @@ def sampling_options(args: argparse.Namespace) -> dict:
 
 
 def read_prompt(args: argparse.Namespace) -> str:
-    """The text to continue. Raises UserError if it is not UTF-8."""
+    """The text to continue. Raises UserError if it is not UTF-8, or far too long."""
+    if args.prompt_file is not None:
+        with open(args.prompt_file, "rb") as file:
+            data = file.read(MAX_PROMPT_BYTES + 1)
+    elif args.prompt == "-":
+        data = sys.stdin.buffer.read(MAX_PROMPT_BYTES + 1)
+    else:
+        return decode_argument("--prompt", DEFAULT_PROMPT if args.prompt is None else args.prompt)
+    if len(data) > MAX_PROMPT_BYTES:
+        raise UserError(f"the prompt has more than {MAX_PROMPT_BYTES:,} bytes, and the model sees "
+                        "only its end: cut it")
     try:
-        if args.prompt_file is not None:
-            text = Path(args.prompt_file).read_bytes().decode("utf-8-sig")
-        elif args.prompt == "-":
-            text = sys.stdin.buffer.read().decode("utf-8-sig")
-        else:
-            text = DEFAULT_PROMPT if args.prompt is None else args.prompt
-            return text.encode("utf-8", "surrogateescape").decode("utf-8")
+        text = data.decode("utf-8-sig")
     except UnicodeError as error:
         raise UserError(f"the prompt is not UTF-8 ({error}): save it as UTF-8") from error
     return text.removesuffix("\n").removesuffix("\r")  # a file ends in a line break
@@ -344,14 +364,20 @@ def restart_safely() -> None:
     os.execv(command[0], command)
 
 
+def choose_model(args: argparse.Namespace) -> str:
+    """The model that the command line names, or the default."""
+    return default_source() if args.model is None else args.model
+
+
 def load_for_sampling(args: argparse.Namespace) -> tuple[GPT, Tokenizer]:
     """(model, tokenizer) as the command line asks for them, ready to sample. Raises UserError."""
+    limit_threads()
     device = torch.device("cpu") if args.safe else pick_device(args.device)
     if args.compile and (args.safe or device.type != "cuda"):
         raise UserError("--compile needs CUDA and does not go with --safe: leave --compile out")
     torch.backends.mkldnn.enabled = not args.safe  # because oneDNN generates code at run time
     torch.set_float32_matmul_precision(args.matmul_precision)
-    model, tokenizer = load(args.model or default_source())
+    model, tokenizer = load(choose_model(args))
     # from the CPU, so that float32 weights need no room on the device
     model = model.to(device=device, dtype=getattr(torch, args.dtype))
     kernels.optimize(model)
@@ -368,20 +394,21 @@ def main() -> None:
     args = parse_args()
     if args.safe:
         restart_safely()
-    for stream in (sys.stdin, sys.stdout):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(encoding="utf-8")  # pipes on Windows have another encoding
     sampling = sampling_options(args)
     prompt = "" if args.interactive else read_prompt(args)
+    if args.out is not None:
+        inputs = [*list_model_files(choose_model(args)), args.prompt_file or ""]
+        out = check_output(args.out, inputs)
     model, tokenizer = load_for_sampling(args)
     if args.interactive:
         interact(Session(model, tokenizer, args, sampling))
         return
     results = print_samples(model, tokenizer, prompt, args, sampling)
-    if args.out:
+    if args.out is not None:
         lines = "".join(json.dumps(result, ensure_ascii=False) + "\n" for result in results)
-        write_atomically(Path(args.out), lambda file: file.write(lines.encode("utf-8")))
+        write_output(out, lines.encode("utf-8"))
 
 
 if __name__ == "__main__":
-    run_main(main)
+    # with --out, the file gets all samples though nobody reads on
+    run_main(main, output_may_be_lost=any(arg.startswith("--out") for arg in sys.argv))

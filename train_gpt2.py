@@ -33,6 +33,7 @@ from gpt2lab import checkpoints, distributed, kernels, optim, parallel, presets,
 from gpt2lab.cli import UserError, check_ranges, env_rank, option, run_main
 from gpt2lab.device import autocast, paused_gc, pick_dtype, prefetch, set_seed, synchronize
 from gpt2lab.generate import generate
+from gpt2lab.lock import unlocks_log_dir
 from gpt2lab.preflight import report_preflight
 from gpt2lab.pretrained import SkipInit, copy_weights, read_model_config
 from gpt2lab.scoring import summarize_accuracy
@@ -355,19 +356,19 @@ class TrainConfig:
     block_size: int = option(1024, "longest sequence the model can see, in tokens")
     init_from: str | None = option(None, "start from these weights: hub name, folder or checkpoint")
     # batch
-    B: int = option(64, "sequences in a micro-batch, on each process", lowest=1)
+    B: int = option(64, "sequences in a micro-batch, on each process", lowest=1, highest=10**6)
     T: int = option(1024, "tokens in a sequence", lowest=1)
     total_batch_size: int = option(524_288, "tokens in an update, over all processes", lowest=1)
     shuffle: bool = option(True, "shuffle shards and sequences, anew every epoch")
-    seed: int = option(1337, "seed of the initial weights and of the data order")
+    seed: int = option(1337, "seed of the initial weights and the data order", highest=2**64 - 1)
     # optimization: the GPT-3 paper's schedule for this size
-    max_steps: int = option(19_073, "updates; 19,073 of 2**19 tokens are 10B tokens")
+    max_steps: int = option(19_073, "updates; 19,073 of 2**19 tokens are 10B", highest=10**9)
     max_lr: float = option(6e-4, "learning rate after warmup")
     min_lr: float = option(6e-5, "learning rate at the end")
     warmup_steps: int = option(715, "updates of linear warmup; 715 are 375M tokens")
     optimizer: str = option("adamw", "turns gradients into updates", choices=optim.OPTIMIZERS)
     weight_decay: float = option(0.1, "on matrices and embeddings")
-    beta2: float = option(0.95, "AdamW's second moment decay")
+    beta2: float = option(0.95, "AdamW's second moment decay", highest=0.999999)
     grad_clip: float = option(1.0, "largest gradient norm; 0 does not clip")
     max_bad_steps: int = option(5, "updates in a row without a finite loss that end the run")
     # evaluation
@@ -641,6 +642,7 @@ def training_step(run, step, batches, signals):
     return loss, norm, finite, stop > 0, save_now > 0
 
 
+@unlocks_log_dir
 def train(config):
     """
     Train a GPT. Returns {"step", "train_loss", "val_loss" (both in nats a token), "bits_per_byte"
@@ -652,7 +654,7 @@ def train(config):
     batches = prefetch(run.train_loader.batches(start_step), device)
     result = dict.fromkeys(("train_loss", "val_loss", "bits_per_byte"))
     result["checkpoint"] = resumed_from
-    start_time, bad_steps, stop, save_now = time.time(), 0, False, False
+    start_time, first_t0, bad_steps, stop, save_now = time.perf_counter(), None, 0, False, False
     with Signals() as signals, paused_gc():
         # one round more than there are updates, so that the last one is evaluated and saved, too
         for step in range(start_step, config.max_steps + 1):
@@ -675,15 +677,13 @@ def train(config):
                 plot.try_to_plot(config.log_dir, run.ranks.master_process)
             if step == config.max_steps:
                 break
-
             # one update of the weights (all ranks)
             synchronize(device)
-            t0 = time.time()
-            if step == start_step:
-                first_t0 = t0
+            t0 = time.perf_counter()
+            first_t0 = first_t0 or t0  # of the first update
             train_loss, norm, finite, stop, save_now = training_step(run, step, batches, signals)
             synchronize(device)
-            dt = time.time() - t0  # seconds
+            dt = time.perf_counter() - t0  # seconds
             result["train_loss"], lr = train_loss, get_lr(step, config)
             run.log(step, train=train_loss, lr=lr, norm=norm)
             if not finite:
@@ -691,10 +691,10 @@ def train(config):
                 continue
             bad_steps = 0
             if step % max(config.print_every, 1) == 0 or step == config.max_steps - 1:
-                seconds_per_step = (time.time() - first_t0) / (step + 1 - start_step)
+                seconds_per_step = (time.perf_counter() - first_t0) / (step + 1 - start_step)
                 report.update(run, step, train_loss, lr, norm, dt, seconds_per_step)
     batches.close()
-    return result | {"step": step, "seconds": time.time() - start_time, "stopped": stop}
+    return result | {"step": step, "seconds": time.perf_counter() - start_time, "stopped": stop}
 
 
 def main():
@@ -709,7 +709,7 @@ def main():
     if preset == "demo" and config.data_dir == presets.DEMO_DATA and env_rank() == 0:
         # under torchrun the other ranks wait for this one where they join the process group
         fineweb.prepare(["builtin"], presets.DEMO_DATA, presets.DEMO_TOKENIZER)
-    with distributed.naming_lost_ranks():
+    with distributed.naming_lost_ranks(), report.saying_what_saves_memory():
         result = train(config)
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -717,4 +717,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, output_may_be_lost=True)

@@ -2,7 +2,8 @@
 What the scripts share. This package imports only itself, and importing it imports nothing else, so
 that fineweb.py stays free of torch.
 
-cli           errors in one line, flags from a dataclass
+cli           errors in one line, flags from a dataclass, ranks and CPUs from the environment
+streams       standard streams that print any text and may go away
 files         writing whole files, JSON, checksums
 shards        the shard format: names, meta.json, opening and verifying a folder
 sources       where text comes from: files, Hugging Face datasets, the builtin corpus
@@ -19,7 +20,8 @@ report        the lines that a run prints, and updates that are not finite
 device        device, dtype, autocast, prefetching, memory, seeds, MFU
 distributed   the process group, sums over ranks, naming a rank that died
 parallel      FSDP, compiling with a fallback, which options go together
-signals       SIGTERM, Ctrl-C and SIGUSR1 during training
+signals       SIGTERM, Ctrl-C, SIGHUP and SIGUSR1 during training
+lock          one run at a time in a log folder
 presets       the demo, values for known machines, batch sizes that fit
 preflight     --check
 """

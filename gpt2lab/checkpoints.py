@@ -19,10 +19,12 @@ import torch.distributed as dist
 from torch import nn
 
 from gpt2lab import pretrained
-from gpt2lab.cli import UserError, first_line, list_differences
+from gpt2lab.cli import UserError, env_int, first_line, list_differences
+from gpt2lab.device import pick_dtype
 from gpt2lab.distributed import Ranks, on_master, sum_over_ranks
 from gpt2lab.files import write_atomically
-from gpt2lab.tokenizer import Tokenizer
+from gpt2lab.lock import lock_log_dir
+from gpt2lab.tokenizer import GPT2_VOCAB_SIZE, Tokenizer
 
 CHECKPOINT_NAME = re.compile(r"model_(\d+)\.pt")
 # the options of a run on which its losses depend, so that a resumed run must have the same
@@ -65,14 +67,22 @@ def resume_settings(config: Any, data_fingerprint: str) -> dict:
     return {name: getattr(config, name) for name in RESUME_KEYS} | {"data": data_fingerprint}
 
 
+def machine_settings(ranks: Ranks, dtype: torch.dtype) -> dict:
+    """What results depend on bit for bit, apart from the settings that must match on resume."""
+    return {"device": ranks.device.type, "dtype": str(dtype).removeprefix("torch."),
+            "threads": torch.get_num_threads(), "torch": str(torch.__version__),
+            "processes": ranks.ddp_world_size}
+
+
 def save_run(run: Any, step: int) -> str | None:
     """
     Write the checkpoint of a Run of train_gpt2.py, delete old ones, and print a line. Returns the
     path, None on ranks other than the master, or if the file cannot be written.
     """
-    config, start = run.config, time.time()
+    config, start = run.config, time.perf_counter()
     extra = {"config": asdict(config), "tokenizer": run.tokenizer.state(),
-             "recipe": resume_settings(config, run.train_loader.fingerprint)}
+             "recipe": resume_settings(config, run.train_loader.fingerprint),
+             "machine": machine_settings(run.ranks, run.dtype)}
     try:
         path = save_checkpoint(
             config.log_dir, step, run.raw_model, run.optimizer, run.scaler, extra)
@@ -82,7 +92,7 @@ def save_run(run: Any, step: int) -> str | None:
         run.ranks.print0(f"warning: step {step} is not saved, training goes on, and older "
                          f"checkpoints stay: {error}")
         return None
-    run.ranks.print0(f"saved {path} in {time.time() - start:.1f}s")
+    run.ranks.print0(f"saved {path} in {time.perf_counter() - start:.1f}s")
     return None if path is None else str(path)
 
 
@@ -135,6 +145,14 @@ def resolve_checkpoint(source: str | Path) -> Path | None:
     return checkpoint
 
 
+def list_model_files(source: str | Path) -> list[Path]:
+    """The files on this machine that hold a model, so that no output overwrites them."""
+    path, folder = resolve_checkpoint(source), Path(source)
+    if path is None and folder.is_dir():
+        return [file for file in folder.iterdir() if file.suffix in pretrained.FILE_ENDINGS]
+    return [path] if path else []
+
+
 def load_tokenizer(source: str | Path) -> Tokenizer:
     """The tokenizer that belongs to a checkpoint, log folder, Hugging Face folder or hub name."""
     path = resolve_checkpoint(source)
@@ -174,9 +192,9 @@ def load_checkpoint(path: str | Path, mmap: bool = True) -> dict:
         if isinstance(checkpoint.get("config"), PickledConfig):
             checkpoint = convert_build_nanogpt(checkpoint)
         missing = {"step", "model", "model_config", "tokenizer"} - set(checkpoint)
-    except OSError:
-        raise  # its message already says what is wrong
     except Exception as error:  # torch raises many types for a file that it cannot load
+        if isinstance(error, OSError) and error.filename is not None:
+            raise  # the file cannot be opened
         raise UserError(f"{path} is not a checkpoint of train_gpt2.py, or is damaged: name another "
                         f"({first_line(error):.100})") from error
     if missing:
@@ -188,14 +206,14 @@ def load_checkpoint(path: str | Path, mmap: bool = True) -> dict:
 def convert_build_nanogpt(checkpoint: dict) -> dict:
     """A checkpoint of build-nanogpt in the format of load_checkpoint, without optimizer state."""
     # torch.compile and DDP put prefixes before the names; the buffers are old causal masks
-    weights = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): tensor
+    weights = {pretrained.strip_wrappers(name): tensor
                for name, tensor in checkpoint["model"].items()
                if not name.endswith((".attn.bias", ".attn.masked_bias"))}
     config = vars(checkpoint["config"])
     model_config = {name: config[name] for name in ("block_size", "n_layer", "n_head", "n_embd")}
     # build-nanogpt's vocab_size is the number of embedding rows, 50304. Its tokens are gpt2's
     rows = len(weights["lm_head.weight"])
-    model_config |= {"vocab_size": min(rows, 50257), "padded_vocab_size": rows}
+    model_config |= {"vocab_size": min(rows, GPT2_VOCAB_SIZE), "padded_vocab_size": rows}
     return {"step": int(checkpoint.get("step", 0)), "model": weights, "model_config": model_config,
             "tokenizer": {"spec": "gpt2", "model": None}}
 
@@ -254,14 +272,16 @@ def resume(config: Any, ranks: Ranks, raw_model: nn.Module, optimizer: torch.opt
     """
     # after torchrun has restarted the processes, resume even without --resume. Each node counts its
     # own restarts, so sum the counts: if one node restarted, all ranks resume
-    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0)
+    restarts = env_int("TORCHELASTIC_RESTART_COUNT", 0)
     restarted = sum_over_ranks([restarts], ranks.device)[0] > 0
     if not (config.resume or config.resume_anyway or restarted):
         return 0, None
-    start = time.time()
+    start = time.perf_counter()
     checkpoint: dict = {}  # filled on the master only
 
     def read() -> tuple[int, str | None, dict | None]:
+        if os.path.isdir(config.log_dir):
+            lock_log_dir(config.log_dir)  # or another run might delete what is being read
         recipe = resume_settings(config, data_fingerprint)
         path, found = read_checkpoint_to_resume(config, restarted, vars(raw_model.config), recipe)
         checkpoint.update(found)
@@ -274,7 +294,9 @@ def resume(config: Any, ranks: Ranks, raw_model: nn.Module, optimizer: torch.opt
     if scaler.is_enabled() and scaler_state:
         scaler.load_state_dict(scaler_state)
     if ranks.master_process:
-        print(f"resuming {path} at step {step}, read in {time.time() - start:.1f}s")
+        print(f"resuming {path} at step {step}, read in {time.perf_counter() - start:.1f}s")
+        print_machine_differences(checkpoint, machine_settings(
+            ranks, pick_dtype(config.dtype, ranks.device)))
     return step, path
 
 
@@ -316,6 +338,14 @@ def check_recipe(checkpoint: dict, model_config: dict, recipe: dict, anyway: boo
     if differences and not anyway:
         raise UserError(f"the checkpoint is of another run ({'; '.join(differences)}): give the "
                         "flags it was trained with, or --resume_anyway")
+
+
+def print_machine_differences(checkpoint: dict, machine: dict) -> None:
+    """Print a line if a resumed run cannot be equal bit for bit to an uninterrupted one."""
+    saved = checkpoint.get("machine", machine)  # checkpoints of earlier versions do not say
+    if differences := list_differences(saved, machine):
+        print(f"the checkpoint was made with {'; '.join(differences)}: losses may differ in their "
+              "last digits from those of an uninterrupted run")
 
 
 def load_state(raw_model: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: dict) -> None:

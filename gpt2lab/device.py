@@ -6,6 +6,7 @@ its random seeds. Every script gets the same answer from here.
 import gc
 import os
 import random
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -13,7 +14,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import numpy as np
 import torch
 
-from gpt2lab.cli import UserError
+from gpt2lab.cli import UserError, available_cpus
 
 # -----------------------------------------------------------------------------
 # device and dtype
@@ -30,6 +31,19 @@ def set_seed(seed: int, deterministic: bool = False) -> None:
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS requires this
         torch.use_deterministic_algorithms(True)
+
+
+def limit_threads(verbose: bool = True) -> None:
+    """
+    Compute on no more threads than this process has CPUs, unless OMP_NUM_THREADS says how many.
+    torch itself counts the CPUs that taskset leaves, but does not know of a container's quota.
+    """
+    cpus = available_cpus()
+    if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > cpus:
+        torch.set_num_threads(cpus)
+        if verbose:
+            print(f"computing on {cpus} thread(s), because this process may use {cpus} CPU(s); "
+                  "OMP_NUM_THREADS overrides it", file=sys.stderr)
 
 
 def pick_device(name: str = "auto") -> torch.device:

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from gpt2lab.cli import UserError
-from gpt2lab.device import pick_device
+from gpt2lab.cli import SaidByMaster, UserError, env_int, env_ranks, explain, first_line
+from gpt2lab.device import limit_threads, pick_device
 
 # how long a rank waits for the others before it gives up. gloo and torchrun notice at once when a
 # process dies; only a process that hangs is waited for this long
@@ -45,12 +45,15 @@ class Ranks(NamedTuple):
 
 
 def init_distributed(device_name: str) -> Ranks:
-    """Join the process group if torchrun started this process. Raises UserError."""
-    if "RANK" not in os.environ:
-        return Ranks(pick_device(device_name))
-    ddp_rank, ddp_local_rank, ddp_world_size = (
-        int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    """
+    Join the process group if the environment says that there are several processes. Raises
+    UserError.
+    """
+    ddp_rank, ddp_local_rank, ddp_world_size = env_ranks()
+    limit_threads(verbose=ddp_rank == 0)
     device = pick_device(device_name)
+    if ddp_world_size == 1:
+        return Ranks(device)
     if device.type == "mps":
         raise UserError("a Mac has one GPU: start without torchrun, or add --device cpu")
     if device.type == "cuda":
@@ -63,8 +66,16 @@ def init_distributed(device_name: str) -> Ranks:
         raise UserError("this torch lacks NCCL, which GPUs need to communicate: install a CUDA "
                         "build of torch, or add --device cpu")
     backend = "nccl" if device.type == "cuda" and dist.is_nccl_available() else "gloo"
-    dist.init_process_group(backend, store=fresh_store(), rank=ddp_rank, world_size=ddp_world_size,
-                            timeout=COLLECTIVE_TIMEOUT)
+    address, port = os.environ.get("MASTER_ADDR"), env_int("MASTER_PORT", 0)
+    if not address or not port:
+        raise UserError(f"the environment variable WORLD_SIZE is {ddp_world_size}, but MASTER_ADDR "
+                        "or MASTER_PORT is not set: unset WORLD_SIZE, or start with torchrun")
+    try:
+        dist.init_process_group(backend, store=fresh_store(), rank=ddp_rank,
+                                world_size=ddp_world_size, timeout=COLLECTIVE_TIMEOUT)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"cannot join the other processes at {address} port {port} "
+                        f"({first_line(error):.200}): check MASTER_ADDR and MASTER_PORT") from error
     return Ranks(device, ddp_rank, ddp_world_size)
 
 
@@ -108,13 +119,13 @@ def on_master(ranks: Ranks, function: Callable[[], Any]) -> Any:
         try:
             result = function()
         except (UserError, OSError) as error:
-            error_message = str(error)
+            error_message = explain(error)
     if dist.is_initialized():
         box = [result, error_message]
         dist.broadcast_object_list(box, src=0)
         result, error_message = box
     if error_message:
-        raise UserError(error_message)
+        raise UserError(error_message) if ranks.master_process else SaidByMaster(error_message)
     return result
 
 

@@ -1,21 +1,30 @@
 """Files: atomic writing, JSON, checksums."""
 
+import errno
 import hashlib
 import json
 import os
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from gpt2lab.cli import UserError, env_rank
 
+# how file systems like SMB or Google Drive say that they cannot fsync a folder
+FSYNC_REFUSALS = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY,
+                  errno.EBADF, errno.EACCES, errno.EPERM, errno.EISDIR}
+
 
 def read_json(path: Path, remedy: str = "make the folder again") -> dict:
     """The dict in a JSON file. Raises UserError, ending in `remedy`, if the file is damaged."""
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}): {remedy}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is damaged (it holds no JSON object): {remedy}")
+    return value
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
@@ -35,15 +44,56 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
         temporary.unlink(missing_ok=True)  # on a full disk, half a file would take up space
         raise
     if os.name == "posix":  # fsync the folder too, so that the rename survives a power failure
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
+        try:
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+        except OSError as error:  # the file is in place, though some file systems refuse this
+            if error.errno not in FSYNC_REFUSALS:
+                raise
+
+
+def check_output(path: str | Path, inputs: Iterable[str | Path] = ()) -> Path:
+    """
+    The path at which write_output can write a file that a user has named, with links followed.
+    Raises UserError if it cannot, or if the file is one of `inputs`, which the run reads.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: name a file in it")
+    if path.exists() and not path.is_file():
+        return path  # a pipe, or a device such as /dev/null
+    path = path.resolve()  # a link stays, and the file that it names is replaced
+    for other in (*inputs, 1, 2):  # the last two are stdout and stderr
+        if path.exists() and os.path.exists(other) and os.path.samefile(path, other):
+            raise UserError(f"{path} is in use by this run, and would be lost: name another file")
+    if path.exists() and not os.access(path, os.W_OK):
+        raise UserError(f"{path} is write-protected: name another file, or remove it")
+    try:
+        tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name).close()
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error.strerror}): make its folder, or name another "
+                        "file") from error
+    return path
+
+
+def write_output(path: Path, data: bytes) -> None:
+    """Write a file that check_output has accepted: atomically, or into a pipe or device."""
+    if path.exists() and not path.is_file():
+        path.write_bytes(data)
+    else:
+        write_atomically(path, lambda file: file.write(data))
 
 
 def write_json(path: Path, value: dict) -> None:
-    """Write `value` to a JSON file atomically."""
+    """Write `value` to a JSON file atomically. read_json gives back the same value."""
     text = json.dumps(value, indent=1, ensure_ascii=False)
-    write_atomically(path, lambda file: file.write(text.encode("utf-8")))
+    # a file name may hold bytes that are not UTF-8. Python has a lone surrogate for each of them,
+    # and JSON can spell it with a backslash
+    data = text.encode("utf-8", errors="backslashreplace")
+    write_atomically(path, lambda file: file.write(data))
 
 
 def sha256(data: Any) -> str:

@@ -136,6 +136,7 @@ def generate(model: Any, prompt: Sequence[int], eot: int, vocab_size: int, num_s
     cache = KVCache(model, num_samples, min(len(prompt) + max_new_tokens, block_size))
     rngs = [np.random.default_rng([seed, first_sample + i]) for i in range(num_samples)]
     samples: list[list[int]] = [[] for _ in range(num_samples)]
+    penalized = sampling.get("repetition_penalty", 1) != 1
     live = list(range(num_samples))  # the samples that have not ended, one for each row of idx
     idx = torch.tensor([prompt[-block_size:]], device=device)  # (1, T), one row for all samples
     for _ in range(max_new_tokens):
@@ -148,8 +149,8 @@ def generate(model: Any, prompt: Sequence[int], eot: int, vocab_size: int, num_s
         kept_rows = []
         for row, i in enumerate(live):
             # the forward of the prompt has a single row, from which every sample draws
-            token = sample_token(logits[row % len(logits)], rngs[i], seen=prompt + samples[i],
-                                 **sampling)
+            seen = prompt + samples[i] if penalized else ()  # a prompt can have millions of ids
+            token = sample_token(logits[row % len(logits)], rngs[i], seen=seen, **sampling)
             ended = token == eot and not ignore_eot
             if not ended:
                 samples[i].append(token)

@@ -105,7 +105,7 @@ def compile_or_fall_back(
     """
     failure = ""
     x, y = (t.to(ranks.device) for t in batch)
-    start = time.time()
+    start = time.perf_counter()
     try:
         if isinstance(model, DDP):
             model.require_backward_grad_sync = False  # so that no rank waits for one that failed
@@ -119,7 +119,7 @@ def compile_or_fall_back(
     raw_model.zero_grad(set_to_none=True)
     failures = sum_over_ranks([bool(failure)], ranks.device)[0]
     if not failures:
-        ranks.print0(f"compiled in {time.time() - start:.1f}s")
+        ranks.print0(f"compiled in {time.perf_counter() - start:.1f}s")
         return model
     if ranks.master_process:
         print(f"warning: training goes on uncompiled, since compiling failed on "

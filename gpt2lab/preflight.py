@@ -1,5 +1,6 @@
 """--check: what this machine has, what --preset auto would set, and whether a run could start."""
 
+import math
 import os
 import platform
 import shutil
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from gpt2lab.cli import UserError
+from gpt2lab.cli import UserError, available_cpus, cgroup_folders
 from gpt2lab.device import pick_dtype
 from gpt2lab.distributed import Ranks, init_distributed, sum_over_ranks
 from gpt2lab.kernels import rows_at_once
@@ -49,9 +50,28 @@ def free_memory(device: torch.device) -> int | None:
         return torch.cuda.mem_get_info(device)[0]
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return next(1024 * int(line.split()[1]) for line in lines if "MemAvailable" in line)
+        free = next(1024 * int(line.split()[1]) for line in lines if "MemAvailable" in line)
     except (OSError, StopIteration):  # not Linux
         return None
+    return int(min([free, *map(free_in_cgroup, cgroup_folders("memory"))]))
+
+
+# files of a control group, versions 2 and 1: limit, usage, and the name in memory.stat of the page
+# cache, which counts as usage but is given up for programs
+CGROUP_MEMORY = (("memory.max", "memory.current", "inactive_file"),
+                 ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"))
+
+
+def free_in_cgroup(folder: Path) -> float:
+    """Bytes that the processes of a control group may still use, infinite if it has no limit."""
+    for limit, usage, cache in CGROUP_MEMORY:
+        try:
+            limit_bytes, used = (int((folder / name).read_text()) for name in (limit, usage))
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        except (OSError, ValueError):  # no such file, or "max", which is no limit
+            continue
+        return max(limit_bytes - used + int(stat.get(cache, 0)), 0)
+    return math.inf
 
 
 def machine_facts(device: torch.device) -> Iterator[tuple[str, str]]:
@@ -67,7 +87,7 @@ def machine_facts(device: torch.device) -> Iterator[tuple[str, str]]:
         yield "bfloat16", "yes" if capability >= (8, 0) else "no: float16 with loss scaling"
         yield "flash attention", "yes" if capability >= (8, 0) else "no: a slower kernel"
     else:
-        yield "device", f"{device.type}, {os.cpu_count()} CPUs"
+        yield "device", f"{device.type}, {available_cpus()} of {os.cpu_count()} CPUs"
     backends = [name for name in ("nccl", "gloo") if getattr(dist, f"is_{name}_available")()]
     yield "distributed backends", ", ".join(backends) or "none"
     compiler = next((c for c in ("g++", "clang++", "cl", "gcc") if shutil.which(c)), None)

@@ -5,11 +5,11 @@ A preset for a machine sets B, dtype and compile only. What a run computes does 
 machine, because another B means more or fewer micro-steps in the same update.
 """
 
-import os
+import math
 
 import torch
 
-from gpt2lab.cli import UserError, add_options, env_rank, make_parser
+from gpt2lab.cli import UserError, add_options, env_int, env_rank, make_parser
 from gpt2lab.device import pick_device
 from gpt2lab.tokenizer import GPT2_VOCAB_SIZE
 
@@ -105,14 +105,15 @@ def name_gpu(name: str, total_memory: int) -> str | None:
 
 def nearest_divisors(B: int, sequences: int) -> tuple[int | None, int | None]:
     """The largest divisor of `sequences` up to B, and the smallest one above B; None if none."""
-    divisors = [n for n in range(1, sequences + 1) if sequences % n == 0]
+    small = [n for n in range(1, math.isqrt(sequences) + 1) if sequences % n == 0]
+    divisors = {*small, *(sequences // n for n in small)}
     return (max((n for n in divisors if n <= B), default=None),
             min((n for n in divisors if n > B), default=None))
 
 
 def fit_B(B: int, T: int, total_batch_size: int) -> int:
     """The largest B, up to the B given, that divides an update. Prints a line if it is smaller."""
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    world_size = max(env_int("WORLD_SIZE", 1), 1)
     sequences, rest = divmod(total_batch_size, max(T, 1) * world_size)
     if rest or B < 1:
         return B  # check_batch_size will say what is wrong

@@ -16,15 +16,27 @@ from torch.overrides import TorchFunctionMode
 
 from gpt2lab.cli import UserError, first_line
 from gpt2lab.files import read_json
-from gpt2lab.tokenizer import END_OF_TEXT, Tokenizer, make_byte_level_bpe, read_tokenizer
+from gpt2lab.tokenizer import (
+    END_OF_TEXT,
+    GPT2_VOCAB_SIZE,
+    Tokenizer,
+    make_byte_level_bpe,
+    read_tokenizer,
+)
 
 # OpenAI stored these weights as (in, out), the transpose of nn.Linear's
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json",
                 "pytorch_model.bin", "pytorch_model.bin.index.json")
+# endings of the files that are read from a Hugging Face folder
+FILE_ENDINGS = (".json", ".safetensors", ".bin", ".txt", ".model")
+# names that torch.compile, DDP and FSDP put into the names of tensors
+WRAPPERS = {"_orig_mod", "module", "_forward_module", "_fsdp_wrapped_module",
+            "_checkpoint_wrapped_module"}
 # a config.json may leave out values that are the same as in GPT-2 124M
 GPT2_DEFAULTS = {"n_positions": 1024, "vocab_size": 50257,
                  "n_layer": 12, "n_head": 12, "n_embd": 768}
+MAX_PADDED_VOCAB_SIZE = 51_200  # gpt2's, rounded up to a multiple of 1,024
 # what a config.json may say about the architecture; train_gpt2.py implements nothing else
 SUPPORTED = {"model_type": ("gpt2",), "tie_word_embeddings": (True,),
              "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
@@ -84,8 +96,9 @@ def read_config(name_or_dir: str | Path) -> dict:
             raise UserError(f"{name_or_dir} is not a GPT-2: its {key} is {config[key]!r}, "
                             f"not {allowed[0]!r}")
     for key in GPT2_DEFAULTS:
-        if type(config[key]) is not int:
-            raise UserError(f"{path} is damaged: {key} is {config[key]!r}, not a whole number")
+        if type(config[key]) is not int or not 0 < config[key] <= 1_000_000:
+            raise UserError(f"{path} is damaged, because {key} is {config[key]!r}, which is not a "
+                            "whole number from 1 to 1,000,000: download it again")
     if config.get("n_inner") not in (None, 4 * config["n_embd"]):
         raise UserError(f"{name_or_dir} is not a GPT-2: its n_inner is {config['n_inner']}, not "
                         f"4 x n_embd = {4 * config['n_embd']}")
@@ -116,8 +129,11 @@ def copy_weights(model: nn.Module, name_or_dir: str | Path) -> None:
             name = parameter_name(stored_name)
             if name not in params:
                 continue  # a buffer, such as the causal mask that older files hold
+            if not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.is_meta:
+                raise UserError(f"{name_or_dir}: {name} does not hold plain floating-point numbers "
+                                f"but {tensor.dtype}: name a model that is not quantized")
             if name.endswith(TRANSPOSED):
-                tensor = tensor.t()
+                tensor = tensor.mT if tensor.dim() == 2 else tensor
             param = params[name].data
             if param.shape != tensor.shape:
                 raise UserError(f"{name_or_dir}: {name} has shape {tuple(tensor.shape)}, but "
@@ -129,15 +145,22 @@ def copy_weights(model: nn.Module, name_or_dir: str | Path) -> None:
             param.copy_(tensor)
             missing.discard(name)
     if missing:
-        raise UserError(f"{name_or_dir} lacks the tensors {', '.join(sorted(missing))}")
+        raise UserError(f"{name_or_dir} lacks the tensors {', '.join(sorted(missing)[:3])} and "
+                        f"others, {len(missing)} in all: download it again")
 
 
 def parameter_name(stored_name: str) -> str:
-    """The name in GPT of a tensor that is stored with or without the prefix "transformer."."""
-    name = stored_name.removeprefix("transformer.")  # OpenAI's own upload has no prefix
+    """The name in GPT of a tensor that is stored with or without prefixes."""
+    name = strip_wrappers(stored_name)
+    name = name.removeprefix("transformer.")  # OpenAI's own upload has no prefix
     if name == "lm_head.weight":
         name = "wte.weight"  # one matrix under two names
     return f"transformer.{name}"
+
+
+def strip_wrappers(name: str) -> str:
+    """The name of a tensor in the plain model, without the WRAPPERS that it was saved in."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 def find_weight_files(name_or_dir: str | Path) -> list[Path]:
@@ -148,9 +171,14 @@ def find_weight_files(name_or_dir: str | Path) -> list[Path]:
         raise UserError(f"{name_or_dir} has no weights: none of {', '.join(WEIGHT_FILES)}")
     if path.suffix != ".json":
         return [path]
-    weight_map = read_json(path, "download it again").get("weight_map", {})
+    weight_map = read_json(path, "download it again").get("weight_map")
+    names = weight_map.values() if isinstance(weight_map, dict) else [None]
+    # the weights lie beside the index: a name must not lead elsewhere
+    if not all(isinstance(name, str) and re.fullmatch(r"[\w-][\w.-]*", name) for name in names):
+        raise UserError(f"{path} must name the files beside it that hold the tensors: download it "
+                        "again")
     paths = []
-    for name in sorted(set(weight_map.values())):
+    for name in sorted(set(names)):
         path = fetch(name_or_dir, name)
         if path is None:
             raise UserError(f"{name_or_dir} lacks {name}: download it again")
@@ -182,7 +210,8 @@ def read_torch_file(path: Path) -> dict[str, Tensor]:
     """The state dict in a pytorch_model.bin. Raises UserError if it holds code or is damaged."""
     try:
         # files from before torch 1.6 are not zip files, and torch cannot map them
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
+        return {str(name): tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
     except Exception as error:  # torch raises many types for a file that it cannot load
         raise UserError(f"{path} holds no weights, or is damaged ({first_line(error):.100}): "
                         "download it again") from error
@@ -202,8 +231,19 @@ def load_tokenizer(name_or_dir: str | Path) -> Tokenizer:
             return read_tokenizer(path)
     vocab, merges = fetch(name_or_dir, "vocab.json"), fetch(name_or_dir, "merges.txt")
     if not (vocab and merges):
+        if vocab or merges:
+            raise UserError(f"{name_or_dir} has only one of vocab.json and merges.txt: put the "
+                            "other one into the folder, or its tokenizer.json")
+        size = read_config(name_or_dir)["vocab_size"]
+        if not GPT2_VOCAB_SIZE <= size <= MAX_PADDED_VOCAB_SIZE:
+            raise UserError(f"{name_or_dir} has no tokenizer, and gpt2's does not fit its "
+                            f"vocabulary of {size} tokens: put its tokenizer.json into the folder")
         return Tokenizer("gpt2")
     from tokenizers import models
-    bpe = make_byte_level_bpe(models.BPE.from_file(str(vocab), str(merges)))
+    try:
+        bpe = make_byte_level_bpe(models.BPE.from_file(str(vocab), str(merges)))
+    except Exception as error:  # tokenizers raises plain Exceptions
+        raise UserError(f"{vocab} or {merges.name} is damaged ({error}): download them again"
+                        ) from error
     bpe.add_special_tokens([END_OF_TEXT])
     return Tokenizer(str(name_or_dir), bpe.to_str())

@@ -2,11 +2,12 @@
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 from gpt2lab.checkpoints import find_checkpoint
-from gpt2lab.cli import UserError, env_rank
+from gpt2lab.cli import UserError, env_rank, first_line, is_out_of_memory
 from gpt2lab.device import format_mfu
 from gpt2lab.distributed import Ranks, on_master
 from gpt2lab.runlog import open_logger
@@ -26,6 +27,20 @@ def open_log(config, ranks: Ranks, start_step: int, resumed_from: str | None) ->
 
     on_master(ranks, open_on_master)
     return log
+
+
+@contextmanager
+def saying_what_saves_memory() -> Iterator[None]:
+    """If memory runs out in this block, raise UserError with the options that need less."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"not enough memory ({first_line(error):.150}): lower --B, add --grad_checkpoint, or "
+            "--fsdp with several processes, or choose a smaller model; --check estimates what a "
+            "run needs") from error
 
 
 def val_loss(run, step: int, loss: float) -> float | None:
@@ -51,7 +66,7 @@ def update(run, step: int, loss: float, lr: float, norm: float, dt: float,
     seconds `dt`, and the time left if the run goes on at `seconds_per_step`.
     """
     config = run.config
-    tokens_per_sec = config.total_batch_size / dt
+    tokens_per_sec = config.total_batch_size / max(dt, 1e-9)
     eta = seconds_per_step * (config.max_steps - step - 1)  # seconds
     mfu = format_mfu(run.raw_model, config.T, tokens_per_sec, run.dtype, run.ranks.ddp_world_size)
     run.ranks.print0(f"step {step:5d} | loss: {loss:.6f} | lr {lr:.4e} | norm: {norm:.4f} | "
@@ -72,8 +87,10 @@ def skipped_update(run, step: int, loss: float, norm: float, bad_steps: int) -> 
     if math.isfinite(loss) and scale > 1:
         return bad_steps  # float16 gradients overflowed, and the scaler has halved its scale
     if bad_steps + 1 >= run.config.max_bad_steps > 0:
-        raise UserError(f"step {step}: {bad_steps + 1} updates in a row were not finite; the last "
-                        "checkpoint is good, resume it with a lower --max_lr and --resume_anyway")
+        path = on_master(run.ranks, lambda: str(find_checkpoint(run.config.log_dir) or ""))
+        remedy = (f"resume {path} with a lower --max_lr and --resume_anyway" if path else
+                  "nothing is saved yet, start again with a lower --max_lr or more --warmup_steps")
+        raise UserError(f"step {step}: {bad_steps + 1} updates in a row were not finite: {remedy}")
     return bad_steps + 1
 
 

@@ -14,10 +14,13 @@ from typing import Any
 
 from gpt2lab.cli import UserError
 from gpt2lab.files import read_json, write_atomically, write_json
+from gpt2lab.lock import lock_log_dir
 from gpt2lab.shards import read_meta
 
 # what a run leaves in its log folder, checkpoints apart
 RUN_FILES = ("log.txt", "run.json", "loss.png", "tensorboard")
+# how write_atomically names half a checkpoint
+UNFINISHED_CHECKPOINT = re.compile(r"model_\d+\.pt\.(\d+\.)?tmp")
 
 
 # -----------------------------------------------------------------------------
@@ -35,6 +38,11 @@ def open_logger(config: Any, start_step: int = 0,
     log_dir = Path(config.log_dir)
     SummaryWriter = import_tensorboard() if config.tensorboard else None
     wandb_run = start_wandb(config.wandb, config) if config.wandb else None
+    if os.path.lexists(log_dir) and not log_dir.is_dir():
+        raise UserError(f"{log_dir} is a file, or a link that leads nowhere: give another "
+                        "--log_dir, or mount the disk that it is on")
+    log_dir.mkdir(parents=True, exist_ok=True)
+    lock_log_dir(log_dir)
     prepare_log_dir(log_dir, start_step, resumed_from)
     meta = read_meta(config.data_dir)
     write_json(log_dir / "run.json", {
@@ -107,21 +115,26 @@ def start_wandb(project: str, config: Any) -> Any:
 
 def prepare_log_dir(log_dir: Path, start_step: int, resumed_from: str | Path | None) -> None:
     """
-    Make the log folder of a run that starts at `start_step`, and clear it of what is not part of
-    this run. Files of an earlier run, and checkpoints past `start_step` of the same run, are moved
-    into previous_N. Lines of log.txt that a resumed run will write again are cut.
+    Clear the log folder of a run that starts at `start_step` of what is not part of this run. Files
+    of an earlier run, and checkpoints past `start_step` of the same run, are moved into previous_N.
+    Lines of log.txt that a resumed run will write again are cut.
     """
-    log_dir.mkdir(parents=True, exist_ok=True)
-    for path in log_dir.glob("model_*.tmp"):  # half a checkpoint of a run that was killed
-        path.unlink()
-    resumed_folder = Path(resumed_from).resolve().parent if resumed_from else None
-    continues = resumed_folder == log_dir.resolve()
+    for path in log_dir.glob("model_*.tmp"):
+        if UNFINISHED_CHECKPOINT.fullmatch(path.name):  # of a run that was killed
+            path.unlink()
+    continues = resumed_from is not None and is_checkpoint_of(log_dir, Path(resumed_from))
     old_files = find_old_files(log_dir, start_step, continues)
     if old_files:
         folder = move_to_previous(log_dir, old_files)
         print(f"what {log_dir} held past step {start_step} is now in {folder}" if continues else
               f"{log_dir} held an earlier run, now in {folder}")
     cut_log(log_dir / "log.txt", start_step)
+
+
+def is_checkpoint_of(log_dir: Path, path: Path) -> bool:
+    """Whether a checkpoint is one of a log folder, be it by a link to another disk."""
+    from gpt2lab.checkpoints import list_checkpoints  # imports torch, which plot.py does without
+    return any(own.exists() and own.samefile(path) for own in list_checkpoints(log_dir).values())
 
 
 def find_old_files(log_dir: Path, start_step: int, continues: bool) -> list[Path]:
@@ -139,12 +152,16 @@ def find_old_files(log_dir: Path, start_step: int, continues: bool) -> list[Path
 def move_to_previous(log_dir: Path, paths: list[Path]) -> Path:
     """Move files of a log folder into previous_N, the first unused one, and return its path."""
     number = 1
-    while (log_dir / f"previous_{number}").exists():
+    while os.path.lexists(log_dir / f"previous_{number}"):
         number += 1
     folder = log_dir / f"previous_{number}"
     folder.mkdir()
     for path in paths:
-        path.rename(folder / path.name)
+        if path.is_symlink():  # a relative link would lead nowhere from another folder
+            (folder / path.name).symlink_to(log_dir.resolve() / path.readlink())
+            path.unlink()
+        else:
+            path.rename(folder / path.name)
     return folder
 
 
@@ -155,7 +172,8 @@ def cut_log(log_file: Path, start_step: int) -> None:
     lines = log_file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
     kept = [line for line in lines if re.fullmatch(r"\d+ \S+ \S+\n", line)
             and int(line.split()[0]) < start_step]
-    write_atomically(log_file, lambda file: file.write("".join(kept).encode("utf-8")))
+    # the file that a link leads to, so that the link stays
+    write_atomically(log_file.resolve(), lambda file: file.write("".join(kept).encode("utf-8")))
 
 
 # -----------------------------------------------------------------------------

@@ -242,9 +242,9 @@ def summarize_accuracy(
     (line to print, acc_norm) of a model over the examples of all ranks. Without a meaning if
     `stop()` ends it early.
     """
-    start = time.time()
+    start = time.perf_counter()
     score = score_hellaswag(model, tokenizer, examples, ranks, stop=stop)
     total, correct = max(score.total, 1), score.num_correct_norm
     line = (f"HellaSwag accuracy: {correct}/{total}={correct / total:.4f} | standard error "
-            f"{standard_error(correct, total):.4f} | {time.time() - start:.1f}s")
+            f"{standard_error(correct, total):.4f} | {time.perf_counter() - start:.1f}s")
     return line, correct / total

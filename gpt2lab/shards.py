@@ -7,6 +7,7 @@ the end-of-text token. fineweb.py writes shards.
 
 import json
 import re
+import tokenize
 import zlib
 from pathlib import Path
 
@@ -41,11 +42,18 @@ def token_dtype(vocab_size: int) -> np.dtype:
 def read_meta(data_dir: str | Path) -> dict:
     """
     The dict in meta.json of a folder of shards. A folder without meta.json counts as gpt2, because
-    build-nanogpt writes none. Raises UserError if fineweb.py has not finished the folder.
+    build-nanogpt writes none. Raises UserError if fineweb.py has not finished the folder, or if
+    meta.json is damaged.
     """
     path = Path(data_dir) / "meta.json"
     if path.is_file():
-        return read_json(path)
+        meta = read_json(path)
+        for name, kind, default in (("tokenizer", str, None), ("vocab_size", int, None),
+                                    ("shards", list, [])):
+            if not isinstance(meta.get(name, default), kind):
+                raise UserError(f"{path} has no {name!r}, so it is damaged or not written by "
+                                "fineweb.py: bring the right file back, or make the folder again")
+        return meta
     if next(Path(data_dir).glob("in_progress_*.json"), None):
         raise UserError(f"{data_dir} is half done: run the same fineweb.py command again to finish "
                         "it")
@@ -72,7 +80,7 @@ def load_data_tokenizer(data_dir: str | Path) -> Tokenizer:
     path = Path(data_dir) / meta["tokenizer_file"]
     if not path.is_file():
         raise UserError(f"{path} is missing: make {data_dir} again with fineweb.py")
-    model = path.read_text(encoding="utf-8")
+    model = path.read_bytes().decode("utf-8", errors="replace")
     if sha256(model.encode("utf-8")) != meta["tokenizer_sha256"]:
         raise UserError(f"{path} is not the tokenizer that {data_dir} was made with: bring that "
                         "file back, or make the folder again")
@@ -107,7 +115,7 @@ def open_shard(path: Path) -> np.memmap:
     """A shard as a read-only memory map, 1-D uint16 or uint32. Raises UserError for other files."""
     try:
         tokens = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
+    except (ValueError, EOFError, SyntaxError, tokenize.TokenError) as error:
         raise UserError(f"{path} is truncated or not a .npy file ({error}): make it again with "
                         "fineweb.py") from error
     if tokens.ndim != 1 or tokens.dtype not in (np.uint16, np.uint32):
@@ -197,7 +205,7 @@ def find_damage(path: Path, listed: dict[str, dict], meta: dict) -> str | None:
         check_ids(tokens, meta["vocab_size"], path)
     except UserError as error:
         return str(error)
-    if "_val_" in path.name and len(tokens) and tokens[0] != meta["eot"]:
+    if "_val_" in path.name and len(tokens) and tokens[0] != meta.get("eot", tokens[0]):
         return "does not begin with end-of-text"
     if listed and str(tokens.dtype) != meta["dtype"]:
         return f"is {tokens.dtype}, not {meta['dtype']}"

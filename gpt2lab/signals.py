@@ -1,6 +1,6 @@
 """
-Signals during training: SIGTERM and SIGINT (Ctrl-C) ask a run to save and stop, SIGUSR1 to save and
-continue.
+Signals during training: those of STOP_SIGNALS and SIGINT (Ctrl-C) ask a run to save and stop,
+SIGUSR1 to save and continue.
 """
 
 import signal
@@ -9,7 +9,16 @@ import time
 from types import FrameType, TracebackType
 from typing import Any
 
+# what a scheduler (SIGUSR2 is Grid Engine's), a closed terminal (SIGHUP, on Windows SIGBREAK) and a
+# limit of CPU time send before the process must end
+STOP_SIGNALS = ("SIGTERM", "SIGHUP", "SIGBREAK", "SIGXCPU", "SIGUSR2")
 REPEAT_SECONDS = 1.0  # within this time, a second SIGINT is the same Ctrl-C, passed on by torchrun
+
+
+def is_ignored_hangup(number: int) -> bool:
+    """Whether this is SIGHUP, and the process was started so that it ignores it, as nohup does."""
+    return (number == getattr(signal, "SIGHUP", None)
+            and signal.getsignal(number) == signal.SIG_IGN)
 
 
 class Signals:
@@ -31,12 +40,13 @@ class Signals:
 
     def __enter__(self) -> "Signals":
         if threading.current_thread() is threading.main_thread():  # elsewhere Python forbids it
-            handlers = {"SIGTERM": self._on_terminate, "SIGINT": self._on_interrupt,
-                        "SIGUSR1": self._on_save}
+            handlers = dict.fromkeys(STOP_SIGNALS, self._on_terminate)
+            handlers |= {"SIGINT": self._on_interrupt, "SIGUSR1": self._on_save}
             for name, handler in handlers.items():
-                if hasattr(signal, name):  # Windows has no SIGUSR1
-                    number = getattr(signal, name)
-                    self._previous_handlers[number] = signal.signal(number, handler)
+                number = getattr(signal, name, None)  # no system has all of them
+                if number is None or is_ignored_hangup(number):
+                    continue
+                self._previous_handlers[number] = signal.signal(number, handler)
         return self
 
     def __exit__(self, error_type: type[BaseException] | None, error: BaseException | None,

@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-from gpt2lab.cli import UserError
+from gpt2lab.cli import UserError, env_ranks
 from gpt2lab.distributed import Ranks, sum_over_ranks
 from gpt2lab.files import write_atomically
 from gpt2lab.tokenizer import Tokenizer
@@ -36,13 +36,14 @@ def download(split: str = "val") -> Path:
     """
     Download the official file of a split (train, val or test) unless it is there, and return its
     path. HELLASWAG_URL in the environment names a mirror; "{split}" in it stands for the split.
-    Raises OSError if five attempts fail, or if the file is not the official one.
+    Raises OSError if five attempts fail, if more of them would be in vain, or if the file is not
+    the official one.
     """
     path = local_path(split)
     if path.is_file():
         return path
     import requests
-    url = os.environ.get("HELLASWAG_URL", DATA_URL).replace("{split}", split)
+    url = (os.environ.get("HELLASWAG_URL") or DATA_URL).replace("{split}", split)
     size, sha256 = OFFICIAL_FILES[split]
     for attempt in range(5):
         try:
@@ -53,7 +54,11 @@ def download(split: str = "val") -> Path:
                     f"received only {len(response.content)} of {size} bytes")
             break
         except requests.RequestException as error:
-            if attempt == 4:
+            status = getattr(error.response, "status_code", None)
+            # the answer stays the same if there is no such file (404) or the URL is not one, but
+            # not if the server is too busy (429)
+            final = isinstance(error, ValueError) or (status in range(300, 500) and status != 429)
+            if final or attempt == 4:
                 raise OSError(f"cannot download {url} ({error}): set HELLASWAG_URL to a mirror, or "
                               f"put the file at {path}") from error
             time.sleep(0.5 * 2 ** attempt)
@@ -67,7 +72,7 @@ def download(split: str = "val") -> Path:
 
 def first_on_node() -> bool:
     """Whether this process is the first of those that torchrun started on this node."""
-    return os.environ.get("LOCAL_RANK", "0") == "0"
+    return env_ranks().local_rank == 0
 
 
 def download_on_each_node(split: str, ranks: Ranks) -> Path:
@@ -121,7 +126,8 @@ def iterate_examples(
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             try:
-                yield parse_example(line, fields)
+                if line.strip():  # a blank line is not an example
+                    yield parse_example(line, fields)
             except ValueError as error:
                 raise UserError(f"{path}, line {number} {error}") from error
 
@@ -129,8 +135,8 @@ def iterate_examples(
 def parse_example(line: bytes, fields: Sequence[str]) -> dict:
     """The example in a line of JSON. Raises ValueError whose message follows "line 7 "."""
     try:
-        example = json.loads(line.decode("utf-8"))
-    except ValueError as error:
+        example = json.loads(line.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"is not JSON in UTF-8 ({error})") from error
     if not isinstance(example, dict):
         raise ValueError("is not a JSON object")
@@ -143,6 +149,8 @@ def parse_example(line: bytes, fields: Sequence[str]) -> dict:
     texts = [example[field] for field in fields if field not in ("endings", "label")]
     if not all(isinstance(text, str) for text in (*texts, *endings)):
         raise ValueError("has a context or an ending that is not text")
+    if re.search("[\ud800-\udfff]", "".join((*texts, *endings))):
+        raise ValueError("has a lone surrogate, half of a character of UTF-16")
     # some copies of HellaSwag store the label as text
     if "label" in fields and example["label"] not in (0, 1, 2, 3, "0", "1", "2", "3"):
         raise ValueError("must have a label from 0 to 3")

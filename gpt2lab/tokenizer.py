@@ -8,7 +8,6 @@ import codecs
 import functools
 import io
 import itertools
-import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from gpt2lab.cli import UserError
+from gpt2lab.cli import UserError, available_cpus
 
 END_OF_TEXT = "<|endoftext|>"
 GPT2_VOCAB_SIZE = 50257  # 50,000 BPE merges + 256 bytes + 1 end-of-text
@@ -26,6 +25,21 @@ GPT2_EOT = 50256  # gpt2's id of END_OF_TEXT, the last one
 GPT2_PATTERN = (r"(?: ?\p{L}+|'(?:[sdmt]|ll|ve|re)| ?\p{N}+| ?[^\s\p{L}\p{N}]+)"
                 r"|\s++$|\s+(?!\S)|\s")
 
+
+# texts that a tokenizer must give back unchanged. Together they hold every byte of UTF-8
+PROBES = (
+    " two  spaces, a tab\t, line ends\r\n\n and a space at the end ", "MiXeD Case, İ ß ΣΑΣ",
+    "e\u0301 \u1e9b\u0323 ﬁ Ａ① ½ 한글 \u212b \u00ad\u200b\u3000", "你好，世界。😀👩‍👩‍👧",
+    END_OF_TEXT,
+    "".join(map(chr, range(0x80))), "".join(map(chr, range(0x80, 0xC0))),
+    "".join(map(chr, (*range(0xC0, 0x800, 0x40), 0x800, *range(0x1000, 0x10000, 0x1000),
+                      *range(0x10000, 0x110000, 0x30000)))))
+LOSSLESS_HELP = (
+    "Train one with bpe:N or spm:N; or, in a tokenizer.json, set normalizer to null; or train a "
+    "SentencePiece model with byte_fallback=true, normalization_rule_name=identity, "
+    "add_dummy_prefix=false and remove_extra_whitespaces=false")
+SPM_LINE_BYTES = 4192  # SentencePiece leaves longer lines out of the training
+SPM_LINE_CHARS = SPM_LINE_BYTES // 4  # no character has more than four bytes
 
 # what a loader returns: encode_batch, decode_bytes, vocab_size, eot (None if it has none)
 Loaded = tuple[Callable[[Sequence[str]], list[np.ndarray]], Callable[[list[int]], bytes],
@@ -48,14 +62,30 @@ class Tokenizer:
         self.spec, self.model = spec, model
         if model is None:
             loaded = load_gpt2()
-        elif model.startswith("{"):
-            loaded = load_bpe(model)
         else:
-            loaded = load_spm(model)
+            try:
+                loaded = load_bpe(model) if model.startswith("{") else load_spm(model)
+            except UserError as error:
+                raise UserError(f"tokenizer {spec}: {error}") from error
         self._encode_batch, self._decode_bytes, self.vocab_size, eot = loaded
         if eot is None:
             raise UserError(f"tokenizer {spec} has no {END_OF_TEXT} token: train one with bpe:N")
         self.eot: int = eot
+        self.check_probes()
+
+    def check_probes(self) -> None:
+        """Raise UserError if the tokenizer changes a text, or makes end-of-text of its name."""
+        for text, ids in zip(PROBES, self._encode_batch(PROBES), strict=True):
+            decoded = self._decode_bytes(ids.tolist()).decode("utf-8", errors="replace")
+            if self.eot in ids:
+                raise UserError(f"tokenizer {self.spec} makes end-of-text of the characters "
+                                f"{END_OF_TEXT} in a text. {LOSSLESS_HELP}")
+            if decoded == text:
+                continue
+            same = sum(1 for _ in itertools.takewhile(bool, map(str.__eq__, decoded, text)))
+            part = slice(max(0, same - 4), same + 8)
+            raise UserError(f"tokenizer {self.spec} changes text: {text[part]!r} becomes "
+                            f"{decoded[part]!r}. {LOSSLESS_HELP}")
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Token ids of each text, as 1-D uint32 arrays."""
@@ -153,13 +183,14 @@ def load_bpe(tokenizer_json: str) -> Loaded:
     except Exception as error:  # tokenizers raises plain Exceptions
         raise UserError(f"this is not a tokenizer.json of Hugging Face's tokenizers ({error}): "
                         "name another file, or train a tokenizer with bpe:N") from error
-    if '"ByteLevel"' not in tokenizer_json:
+    if '"ByteLevel"' not in tokenizer_json or not isinstance(bpe.model, tokenizers.models.BPE):
         raise UserError("only byte-level BPE tokenizers are supported: train one with bpe:N")
-    bpe.encode_special_tokens = True  # special tokens in a text are encoded as characters
+    keep_all_text(bpe)
     byte_of = {char: byte for byte, char in byte_spelling().items()}
+    added = {i: token.content for i, token in bpe.get_added_tokens_decoder().items()}
     bytes_of_id = {}
     for token, i in bpe.get_vocab().items():
-        if token != END_OF_TEXT and all(char in byte_of for char in token):
+        if i not in added and all(char in byte_of for char in token):
             bytes_of_id[i] = bytes(byte_of[char] for char in token)
         else:  # an added token, which is stored as plain text
             bytes_of_id[i] = token.encode("utf-8")
@@ -169,27 +200,57 @@ def load_bpe(tokenizer_json: str) -> Loaded:
         return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
 
     def decode_bytes(ids):
-        return b"".join(bytes_of_id[i] for i in ids)
+        return b"".join(bytes_of_id.get(i, b"") for i in ids)  # some files leave out ids
 
-    return encode_batch, decode_bytes, bpe.get_vocab_size(), bpe.token_to_id(END_OF_TEXT)
+    return encode_batch, decode_bytes, max(bytes_of_id) + 1, bpe.token_to_id(END_OF_TEXT)
+
+
+def keep_all_text(bpe: Any) -> None:
+    """
+    Switch off what makes the encoding of a tokenizers.Tokenizer, Hugging Face's class, lossy or
+    random. Its file may have been saved with such settings, which are meant for other models.
+    """
+    from tokenizers import normalizers, pre_tokenizers
+    bpe.no_truncation()
+    bpe.no_padding()
+    bpe.model.dropout = None
+    # special tokens in a text are encoded as characters. So is an added token that swallows spaces
+    bpe.encode_special_tokens = True
+    bpe.add_special_tokens([
+        token.content for token in bpe.get_added_tokens_decoder().values()
+        if token.content == END_OF_TEXT or token.lstrip or token.rstrip])
+    if all(isinstance(step, normalizers.NFC) for step in list_steps(bpe.normalizer)):
+        bpe.normalizer = None  # most text is in this form, and keeps its token ids
+    for step in list_steps(bpe.pre_tokenizer):
+        if isinstance(step, pre_tokenizers.ByteLevel):
+            step.add_prefix_space = False
+
+
+def list_steps(step: Any) -> list[Any]:
+    """The steps of a normalizer or a pre-tokenizer, which may be a Sequence of others."""
+    return list(step) if hasattr(step, "__getitem__") else [step]
 
 
 def load_spm(model: str) -> Loaded:
-    """A SentencePiece model from the base64 of its file."""
-    spm = import_sentencepiece().SentencePieceProcessor(model_proto=base64.b64decode(model))
+    """A SentencePiece model from the base64 of its file. Raises UserError for other contents."""
+    spm = import_sentencepiece().SentencePieceProcessor()
+    try:
+        spm.load_from_serialized_proto(base64.b64decode(model))
+    except (RuntimeError, ValueError) as error:
+        raise UserError("this is neither a tokenizer.json nor a SentencePiece model: name another "
+                        "file, or train one with bpe:N") from error
     eot = spm.piece_to_id(END_OF_TEXT)
 
     def piece_bytes(i):
         piece = spm.id_to_piece(i)
-        if spm.is_byte(i):  # written <0x0A>
-            return bytes([int(piece[3:5], 16)])
-        return piece.replace("\u2581", " ").encode("utf-8")
+        return bytes([int(piece[3:5], 16)]) if spm.is_byte(i) else piece.encode()  # <0x0A> is \n
 
     def encode_batch(texts):
         return [np.array(spm.encode(text), dtype=np.uint32) for text in texts]
 
     def decode_bytes(ids):
-        return b"".join(map(piece_bytes, ids))
+        # U+2581 stands for a space. It is written in bytes if the training text had no space
+        return b"".join(map(piece_bytes, ids)).replace("\u2581".encode(), b" ")
 
     return encode_batch, decode_bytes, len(spm), eot if eot != spm.unk_id() else None
 
@@ -237,6 +298,13 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return Tokenizer(f"bpe:{vocab_size}", bpe.to_str())
 
 
+def cut_long_line(line: str) -> list[str]:
+    """The line in parts of at most SPM_LINE_BYTES bytes, cut before white space if there is any."""
+    if len(line.encode("utf-8")) <= SPM_LINE_BYTES:
+        return [line]
+    return re.findall(rf"(?s:.{{1,{SPM_LINE_CHARS}}}(?!\S)|.{{1,{SPM_LINE_CHARS}}})", line)
+
+
 def train_spm(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """
     Train a SentencePiece model of `vocab_size` tokens: a unigram model that falls back to bytes for
@@ -244,16 +312,18 @@ def train_spm(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """
     sentencepiece = import_sentencepiece()
     model = io.BytesIO()
-    lines = (line for text in texts for line in text.splitlines() if line.strip())
+    lines = (part for text in texts for line in text.splitlines() if line.strip()
+             for part in cut_long_line(line))
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=lines, model_writer=model, vocab_size=vocab_size, byte_fallback=True,
             character_coverage=0.9995, normalization_rule_name="identity", add_dummy_prefix=False,
             remove_extra_whitespaces=False, bos_id=-1, eos_id=1, eos_piece=END_OF_TEXT, pad_id=-1,
             unk_id=0, input_sentence_size=2_000_000, shuffle_input_sentence=False,
-            num_threads=os.cpu_count(), minloglevel=2)
+            num_threads=available_cpus(), minloglevel=2)
     except RuntimeError as error:
-        raise UserError(f"spm:{vocab_size} cannot be trained on this text ({error}): choose "
+        reason = str(error).rpartition("] ")[2]  # without the place in SentencePiece's source
+        raise UserError(f"spm:{vocab_size} cannot be trained on this text ({reason}): choose "
                         "another number, or use bpe:N") from error
     return Tokenizer(f"spm:{vocab_size}", base64.b64encode(model.getvalue()).decode("ascii"))
 
@@ -264,10 +334,14 @@ def train_spm(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 def read_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer in a file, which is a tokenizer.json or a SentencePiece model."""
-    data = Path(path).read_bytes()
-    if data.lstrip().startswith(b"{"):
-        return Tokenizer(str(path), data.decode("utf-8").lstrip())
-    return Tokenizer(str(path), base64.b64encode(data).decode("ascii"))
+    data = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf").lstrip()
+    if not data.startswith(b"{"):
+        return Tokenizer(str(path), base64.b64encode(Path(path).read_bytes()).decode("ascii"))
+    try:
+        return Tokenizer(str(path), data.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"tokenizer {path} is not UTF-8 text ({error}): name another file, or "
+                        "train one with bpe:N") from error
 
 
 def check_spec(spec: str) -> None:

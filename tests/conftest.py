@@ -14,9 +14,10 @@ import torch
 
 import fineweb
 import train_gpt2
-from gpt2lab import kernels, runlog
+from gpt2lab import kernels, presets, runlog, tasks
 from gpt2lab.cli import UserError, run_main
 from gpt2lab.tokenizer import Tokenizer
+from train_gpt2 import GPT, GPTConfig, TrainConfig, train
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -24,6 +25,12 @@ ROOT = Path(__file__).resolve().parent.parent
 def small_text(chars=60_000):
     """Real English text that comes with Python."""
     return "\n\n".join(topics.topics[name] for name in sorted(topics.topics))[:chars]
+
+
+def plain_model(seed=0):
+    """A small GPT as train_gpt2.py defines it, without the layers of gpt2lab.kernels."""
+    torch.manual_seed(seed)
+    return GPT(GPTConfig(block_size=32, vocab_size=300, n_layer=2, n_head=2, n_embd=32))
 
 
 # options of a two-layer model that trains for six quick steps
@@ -34,15 +41,25 @@ TINY = dict(n_layer=2, n_head=2, n_embd=32, block_size=32, B=4, T=32, total_batc
 
 def tiny_config(data_dir, log_dir, **changes):
     """A TrainConfig with the options of TINY, except for `changes`."""
-    return train_gpt2.TrainConfig(data_dir=str(data_dir), log_dir=str(log_dir), **(TINY | changes))
+    return TrainConfig(data_dir=str(data_dir), log_dir=str(log_dir), **(TINY | changes))
+
+
+def make_flags(**options):
+    """Options as flags of a command line, ["--name", "value", ...]."""
+    flags = []
+    for name, value in options.items():
+        flags += [f"--{name}", str(value)]
+    return flags
 
 
 def tiny_flags(**changes):
-    """The options of TINY, except for `changes`, as flags of train_gpt2.py: a list of strings."""
-    flags = []
-    for name, value in (TINY | changes).items():
-        flags += [f"--{name}", str(value)]
-    return flags
+    """The options of TINY, except for `changes`, as flags of train_gpt2.py."""
+    return make_flags(**(TINY | changes))
+
+
+def parse_train_flags(*flags):
+    """(preset or None, TrainConfig) that train_gpt2.py makes of its flags."""
+    return presets.parse_command_line(TrainConfig, train_gpt2.__doc__, flags)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -74,7 +91,7 @@ def data_dir(tmp_path_factory, text_file):
 def log_dir(tmp_path_factory, data_dir):
     """The log folder of a finished tiny run."""
     path = tmp_path_factory.mktemp("run") / "log"
-    train_gpt2.train(tiny_config(data_dir, path))
+    train(tiny_config(data_dir, path))
     return path
 
 
@@ -96,6 +113,17 @@ def real_data():
 
 
 @pytest.fixture
+def hellaswag_examples(tmp_path, monkeypatch):
+    """Eleven HellaSwag examples where training looks for them; tmp_path is the working folder."""
+    monkeypatch.chdir(tmp_path)
+    tasks.DATA_FILE.parent.mkdir()
+    words = ["red", "green", "blue", "black", "white", "grey", "brown", "pink"]
+    examples = [{"ctx": f"A man is {words[i % 8]} and", "label": i % 4,
+                 "endings": [f"sits {words[i % 5]}", "is", "the", words[i % 7]]} for i in range(11)]
+    tasks.DATA_FILE.write_text("".join(json.dumps(e) + "\n" for e in examples))
+
+
+@pytest.fixture
 def call_main(monkeypatch, capsys):
     """
     A function that runs a script in this process: call_main(module, *arguments) calls the module's
@@ -113,11 +141,6 @@ def call_main(monkeypatch, capsys):
         return code, captured.out, captured.err
 
     return call
-
-
-@pytest.fixture
-def call(call_main):  # TEMPORARY
-    return call_main
 
 
 def run_script(*args, cwd=None, env=None, timeout=120):

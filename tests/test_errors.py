@@ -15,10 +15,10 @@ import train_gpt2
 from gpt2lab.cli import add_options, env_rank, option
 
 
-def expect_one_line(call, tmp_path, message, *flags):
+def expect_one_line(call_main, tmp_path, message, *flags):
     """Run train_gpt2.py with flags that must fail with `message` and must not make a log folder."""
     log_dir = tmp_path / "log"
-    code, _, err = call(train_gpt2, *tiny_flags(log_dir=log_dir), *flags)
+    code, _, err = call_main(train_gpt2, *tiny_flags(log_dir=log_dir), *flags)
     assert code == 2 and message in err
     assert err.count("\n") == 1 and err.startswith("train_gpt2.py: error: ")
     assert not log_dir.exists()
@@ -64,11 +64,11 @@ def remove_tokenizer_json(folder):
     (truncate_train_shard, "000001.npy is truncated"), (write_another_array, "2-D float64"),
     (write_too_large_token_ids, "token id 40000"), (damage_meta_json, "meta.json is damaged"),
     (remove_tokenizer_json, "tokenizer.json is missing")])
-def test_damaged_shards(call, data_dir, tmp_path, damage, message):
+def test_damaged_shards(call_main, data_dir, tmp_path, damage, message):
     folder = tmp_path / "data"
     shutil.copytree(data_dir, folder)
     damage(folder)
-    expect_one_line(call, tmp_path, message, "--data_dir", folder)
+    expect_one_line(call_main, tmp_path, message, "--data_dir", folder)
 
 
 # the command line
@@ -86,16 +86,18 @@ def test_damaged_shards(call, data_dir, tmp_path, damage, message):
     (("--no_such_flag", 1), "unrecognized arguments"), (("--B", 0), "--B 0 must be"),
     (("--max_lr", "nan"), "--max_lr nan must be"), (("--n_layer", 0), "must be"),
     (("--init_from", "no/such/thing"), "no such file or folder: no/such/thing")])
-def test_bad_flags(call, data_dir, tmp_path, flags, message):
-    expect_one_line(call, tmp_path, message, "--data_dir", data_dir, *flags)
+def test_bad_flags(call_main, data_dir, tmp_path, flags, message):
+    expect_one_line(call_main, tmp_path, message, "--data_dir", data_dir, *flags)
 
 
 @pytest.mark.parametrize("value, rank", [(None, 0), ("", 0), ("3", 3)])
 def test_an_empty_RANK_counts_as_unset(monkeypatch, value, rank):
+    monkeypatch.setenv("WORLD_SIZE", "4")
     if value is None:
         monkeypatch.delenv("RANK", raising=False)
     else:
         monkeypatch.setenv("RANK", value)
+    monkeypatch.setenv("WORLD_SIZE", "4")
     assert env_rank() == rank
 
 
@@ -114,17 +116,26 @@ def test_options_whose_types_are_strings_become_flags():
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 half a zip"])
-def test_a_file_that_is_not_a_checkpoint(call, tmp_path, data_dir, content):
+def test_a_file_that_is_not_a_checkpoint(call_main, tmp_path, data_dir, content):
     path = tmp_path / "model_00001.pt"
     path.write_bytes(content)
     for module, flags in ((sample, ("--model", path)), (sample, ("--model", tmp_path)),
                           (hellaswag, ("--model", path, "--data", write_example(tmp_path)))):
-        code, out, err = call(module, *flags, "--device", "cpu")
+        code, out, err = call_main(module, *flags, "--device", "cpu")
         assert code == 2 and "not a checkpoint of train_gpt2.py" in err and str(path) in err
         assert err.count("\n") == 1 and out == ""
-    expect_one_line(call, tmp_path, "not a checkpoint", "--data_dir", data_dir,
+    expect_one_line(call_main, tmp_path, "not a checkpoint", "--data_dir", data_dir,
                     "--init_from", path)
     assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("size", [1, 100, 5000, 50_000, -100])
+def test_a_checkpoint_that_is_still_being_written(call_main, log_dir, tmp_path, size):
+    path = tmp_path / "model_00006.pt.0.tmp"
+    path.write_bytes((log_dir / "model_00006.pt").read_bytes()[:size])
+    code, out, err = call_main(sample, "--model", path, "--device", "cpu")
+    assert code == 2 and "is damaged: name another" in err and str(path) in err
+    assert err.count("\n") == 1 and out == ""
 
 
 def write_example(folder):
@@ -134,9 +145,9 @@ def write_example(folder):
     return path
 
 
-def test_a_model_that_does_not_exist(call, tmp_path):
+def test_a_model_that_does_not_exist(call_main, tmp_path):
     for model, message in ((tmp_path, "holds neither"), (tmp_path / "a" / "b", "no such file")):
-        code, _, err = call(sample, "--model", model, "--device", "cpu")
+        code, _, err = call_main(sample, "--model", model, "--device", "cpu")
         assert code == 2 and message in err and err.count("\n") == 1
 
 
@@ -152,10 +163,10 @@ def test_an_unreachable_hub(tmp_path):
 
 @pytest.mark.parametrize("content, message", [
     (b"", "no text"), ("你好".encode("gbk"), "not UTF-8")])
-def test_a_text_file_without_utf8_text(call, tmp_path, content, message):
+def test_a_text_file_without_utf8_text(call_main, tmp_path, content, message):
     (tmp_path / "a.txt").write_bytes(content)
-    code, _, err = call(fineweb, "--source", tmp_path / "a.txt", "--tokenizer", "bpe:300",
-                        "--out", tmp_path / "out")
+    code, _, err = call_main(fineweb, "--source", tmp_path / "a.txt", "--tokenizer", "bpe:300",
+                             "--out", tmp_path / "out")
     assert code == 2 and message in err and err.count("\n") == 1
     assert not (tmp_path / "out").exists()
 

@@ -2,18 +2,21 @@
 
 import json
 import shutil
+import sys
 from dataclasses import asdict
 
 import pytest
 import torch
 from conftest import ROOT, run_script, small_text, tiny_config
 from fake_hub import FakeHub
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import export_hf
 import fineweb
 import sample
 from gpt2lab import pretrained, shards
+from gpt2lab import tokenizer as tokenizer_module
 from gpt2lab.checkpoints import load_checkpoint, save_checkpoint
 from gpt2lab.cli import UserError
 from gpt2lab.generate import generate
@@ -118,9 +121,10 @@ def test_autotokenizer_gives_the_same_tokens_and_so_does_the_way_back(
 def test_a_tokenizer_that_hugging_face_cannot_express_is_exported_for_us_only(
         tmp_path, text_file, capsys):
     sentencepiece = pytest.importorskip("sentencepiece")
-    sentencepiece.SentencePieceTrainer.train(  # by default it normalises text and adds a space
+    sentencepiece.SentencePieceTrainer.train(  # the export knows the model_type unigram only
         input=str(text_file), model_prefix=str(tmp_path / "m"), vocab_size=500, byte_fallback=True,
-        bos_id=-1, eos_id=1, eos_piece="<|endoftext|>", unk_id=0, minloglevel=2)
+        bos_id=-1, eos_id=1, eos_piece="<|endoftext|>", unk_id=0, minloglevel=2, model_type="bpe",
+        normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False)
     tokenizer = make_tokenizer(str(tmp_path / "m.model"), None)
     out = export_hf.export(save_run(tmp_path / "log", tokenizer), tmp_path / "out")
     assert "AutoTokenizer will not load" in capsys.readouterr().out
@@ -129,8 +133,9 @@ def test_a_tokenizer_that_hugging_face_cannot_express_is_exported_for_us_only(
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_weights_are_exported_in_the_dtype_of_the_flag(bpe_run, tmp_path, dtype, call):
-    code, out, _ = call(export_hf, bpe_run / "model_00007.pt", tmp_path / "out", "--dtype", dtype)
+def test_weights_are_exported_in_the_dtype_of_the_flag(bpe_run, tmp_path, dtype, call_main):
+    checkpoint = bpe_run / "model_00007.pt"
+    code, out, _ = call_main(export_hf, checkpoint, tmp_path / "out", "--dtype", dtype)
     assert code == 0 and "6 files" in out
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     assert model.dtype == getattr(torch, dtype)
@@ -156,46 +161,80 @@ def test_all_exported_files_have_the_same_permissions(exported):
 # errors
 
 
-def expect_one_line(call, message, *flags):
+def expect_one_line(call_main, message, *flags):
     """Run export_hf.py with flags that must fail with `message`."""
-    code, _, err = call(export_hf, *flags)
+    code, _, err = call_main(export_hf, *flags)
     assert code == 2 and message in err and err.count("\n") == 1
 
 
-def test_bad_command_lines(call, bpe_run, exported, tmp_path):
+def test_bad_command_lines(call_main, bpe_run, exported, tmp_path):
     before = sorted(exported.iterdir())
-    expect_one_line(call, "is not empty", bpe_run, exported)
+    expect_one_line(call_main, "is not empty", bpe_run, exported)
     assert sorted(exported.iterdir()) == before
     (tmp_path / "file").write_text("mine")
-    expect_one_line(call, "is a file", bpe_run, tmp_path / "file")
+    expect_one_line(call_main, "is a file", bpe_run, tmp_path / "file")
     out = tmp_path / "out"
-    expect_one_line(call, "neither a checkpoint nor a log folder", exported, out)
-    expect_one_line(call, "holds neither", tmp_path, out)
-    expect_one_line(call, "not the name of a repository", bpe_run, out, "--push_to_hub", "mine")
-    expect_one_line(call, "--private is about", bpe_run, out, "--private")
+    expect_one_line(call_main, "neither a checkpoint nor a log folder", exported, out)
+    expect_one_line(call_main, "holds neither", tmp_path, out)
+    expect_one_line(call_main, "not the name of a repository",
+                    bpe_run, out, "--push_to_hub", "mine")
+    expect_one_line(call_main, "--private is about", bpe_run, out, "--private")
     assert not out.exists() and (tmp_path / "file").read_text() == "mine"
 
 
-def test_weights_too_large_for_float16(call, bpe_run, tmp_path):
+def test_a_folder_that_cannot_be_made_is_refused_before_the_work(
+        call_main, bpe_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(export_hf, "load_checkpoint", lambda path: pytest.fail("begins to work"))
+    (tmp_path / "file").write_text("mine")
+    expect_one_line(call_main, "name another folder", bpe_run, tmp_path / "file" / "out")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / ".hidden").write_text("mine")
+    expect_one_line(call_main, "is not empty", bpe_run, tmp_path / "full")
+    assert [p.name for p in (tmp_path / "full").iterdir()] == [".hidden"]
+
+
+def test_an_empty_folder_is_filled_and_not_replaced(call_main, bpe_run, tmp_path, monkeypatch):
+    """Guards against a shell that stands in the folder and finds itself in a deleted one."""
+    monkeypatch.chdir(tmp_path)
+    number = tmp_path.stat().st_ino
+    code, _, err = call_main(export_hf, bpe_run, ".")
+    assert code == 0, err
+    assert tmp_path.stat().st_ino == number
+    assert "config.json" in [p.name for p in tmp_path.iterdir()] and not list(tmp_path.glob("*tmp"))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no file-size limit")
+def test_a_full_disk_is_an_error_of_one_line(call_main, bpe_run, tmp_path):
+    import resource
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    try:
+        expect_one_line(call_main, "make room", bpe_run, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
+
+
+def test_weights_too_large_for_float16(call_main, bpe_run, tmp_path):
     log_dir = save_run(tmp_path / "log", load(bpe_run)[1], scale=1e6)
-    expect_one_line(call, "is not finite", log_dir, tmp_path / "out", "--dtype", "float16")
+    expect_one_line(call_main, "is not finite", log_dir, tmp_path / "out", "--dtype", "float16")
     assert [p.name for p in tmp_path.iterdir()] == ["log"]
 
 
-def test_an_export_that_fails_leaves_no_files(call, bpe_run, tmp_path, monkeypatch):
+def test_an_export_that_fails_leaves_no_files(call_main, bpe_run, tmp_path, monkeypatch):
     def write_half_and_fail(weights, path, metadata):
         path.write_bytes(b"half")
         raise OSError("No space left on device")
 
     monkeypatch.setattr("safetensors.torch.save_file", write_half_and_fail)
-    expect_one_line(call, "No space left", bpe_run, tmp_path / "out")
+    expect_one_line(call_main, "No space left", bpe_run, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
 # loading Hugging Face folders
 
 
-def test_an_export_loads_as_the_same_model(bpe_run, exported, call):
+def test_an_export_loads_as_the_same_model(bpe_run, exported, call_main):
     model = GPT.from_pretrained(str(exported))
     assert (model.config.vocab_size, model.config.padded_vocab_size) == (300, 300)
     idx = torch.randint(300, (2, 48))
@@ -203,7 +242,7 @@ def test_an_export_loads_as_the_same_model(bpe_run, exported, call):
         expected = GPT.from_pretrained(bpe_run)(idx)[0][..., :300]
         assert (model(idx)[0] - expected).abs().max() < 1e-5
     flags = ("--greedy", "--device", "cpu", "--max_new_tokens", 10, "--prompt", "The")
-    texts = [call(sample, "--model", source, *flags) for source in (bpe_run, exported)]
+    texts = [call_main(sample, "--model", source, *flags) for source in (bpe_run, exported)]
     assert texts[0] == texts[1] and texts[0][0] == 0
 
 
@@ -275,22 +314,103 @@ def test_missing_values_of_config_json_are_those_of_gpt2(hf_folder):
     assert pretrained.read_config(hf_folder)["n_positions"] == 1024
 
 
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "_orig_mod.module.",
+                                    "module._orig_mod."])
+@pytest.mark.parametrize("in_shards", [False, True])
+@pytest.mark.parametrize("ending", ["safetensors", "bin"])
+def test_names_with_the_prefixes_of_compile_and_ddp_load(
+        hf_model_and_folder, tmp_path, prefix, in_shards, ending):
+    model, folder = hf_model_and_folder
+    shutil.copy(folder / "config.json", tmp_path)
+    state = {prefix + name: tensor for name, tensor in model.state_dict().items()
+             if name != "lm_head.weight"}
+    save = torch.save if ending == "bin" else save_file
+    whole = "pytorch_model.bin" if ending == "bin" else "model.safetensors"
+    if in_shards:
+        names = list(state)
+        weight_map = {name: f"part{i % 2}.{ending}" for i, name in enumerate(names)}
+        for i in range(2):
+            save({name: state[name] for name in names[i::2]}, tmp_path / f"part{i}.{ending}")
+        (tmp_path / f"{whole}.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    else:
+        save(state, tmp_path / whole)
+    ours, expected = GPT.from_pretrained(tmp_path), GPT.from_pretrained(folder)
+    assert all(torch.equal(a, b) for a, b in zip(
+        ours.parameters(), expected.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("change", [
+    lambda tensor: tensor.to(torch.int8), lambda tensor: tensor.to_sparse(),
+    lambda tensor: tensor.to("meta")])
+def test_weights_that_are_not_plain_numbers_are_refused(hf_model_and_folder, tmp_path, change):
+    """Guards against a quantized model, whose integers would be taken for weights."""
+    model, folder = hf_model_and_folder
+    shutil.copy(folder / "config.json", tmp_path)
+    torch.save({name: change(tensor) for name, tensor in model.state_dict().items()},
+               tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match="not quantized"):
+        GPT.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("size", [0, 5, 100, -10, -1000])
+@pytest.mark.parametrize("content", ["state", "list"])
+def test_a_bin_that_is_cut_off_or_holds_no_weights(hf_model_and_folder, tmp_path, size, content):
+    model, folder = hf_model_and_folder
+    shutil.copy(folder / "config.json", tmp_path)
+    path = tmp_path / "pytorch_model.bin"
+    torch.save(model.state_dict() if content == "state" else [1, 2, 3], path)
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(UserError, match="holds no weights, or is damaged"):
+        GPT.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("files, vocab_size, message", [
+    ([], 257, "put its tokenizer.json into the folder"), ([], 60_000, "put its tokenizer.json"),
+    (["vocab.json"], 50257, "only one of vocab.json and merges.txt"),
+    (["vocab.json", "merges.txt"], 50257, "is damaged")])
+def test_a_folder_without_its_tokenizer_is_refused_before_any_download(
+        hf_folder, call_main, monkeypatch, files, vocab_size, message):
+    monkeypatch.setattr(tokenizer_module, "load_gpt2", lambda: pytest.fail("downloads gpt2"))
+    config = json.loads((hf_folder / "config.json").read_text())
+    (hf_folder / "config.json").write_text(json.dumps(config | {"vocab_size": vocab_size}))
+    for name in files:
+        (hf_folder / name).write_text("{")
+    code, _, err = call_main(sample, "--model", hf_folder, "--device", "cpu")
+    assert code == 2 and message in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("vocab_size", [50257, 50304])
+def test_a_folder_without_a_tokenizer_but_with_gpt2s_vocabulary_uses_gpt2(
+        hf_folder, gpt2_tokenizer, vocab_size):
+    config = json.loads((hf_folder / "config.json").read_text())
+    (hf_folder / "config.json").write_text(json.dumps(config | {"vocab_size": vocab_size}))
+    assert load_tokenizer(hf_folder).spec == "gpt2"
+
+
 @pytest.mark.parametrize("name, content, message", [
     ("config.json", "{}", "wte.weight has shape"), ("config.json", "[1]", "is damaged"),
-    ("config.json", '{"n_embd": "48"}', "n_embd is '48'"),
+    ("config.json", '{"n_embd": "48"}', "n_embd is '48'"), ("config.json", "\xe9", "is damaged"),
+    ("config.json", '{"n_layer": 1000000000}', "n_layer is 1000000000"),
+    ("config.json", "[" * 100_000, "is damaged"), ("config.json", "", "is damaged"),
     ("config.json", '{"activation_function": "gelu"}', "activation_function is 'gelu'"),
     ("config.json", '{"n_inner": 7}', "n_inner is 7"),
     ("model.safetensors.index.json", "{", "is damaged"),
-    ("model.safetensors.index.json", "{}", "lacks the tensors"),
+    ("model.safetensors.index.json", "[]", "is damaged"),
+    ("model.safetensors.index.json", "{}", "must name the files beside it"),
+    ("model.safetensors.index.json", '{"weight_map": []}', "must name the files beside it"),
+    ("model.safetensors.index.json", '{"weight_map": {"a": "../model/x"}}', "must name the files"),
+    ("model.safetensors.index.json", '{"weight_map": {"a": "/etc/passwd"}}', "must name the files"),
+    ("model.safetensors.index.json", '{"weight_map": {"a": 3}}', "must name the files beside it"),
+    ("model.safetensors.index.json", '{"weight_map": {}}', "lacks the tensors"),
     ("model.safetensors.index.json", '{"weight_map": {"a": "no.safetensors"}}', "lacks no.safe"),
     ("model.safetensors", "nonsense", "is damaged"),
     ("pytorch_model.bin", "nonsense", "holds no weights")])
-def test_a_damaged_folder_is_an_error_of_one_line(hf_folder, call, name, content, message):
+def test_a_damaged_folder_is_an_error_of_one_line(hf_folder, call_main, name, content, message):
     if name == "pytorch_model.bin":
         (hf_folder / "model.safetensors.index.json").unlink()
     (hf_folder / "tokenizer.json").write_text(train_bpe([small_text()], 257).model)
-    (hf_folder / name).write_text(content)
-    code, _, err = call(sample, "--model", hf_folder, "--device", "cpu")
+    (hf_folder / name).write_text(content, encoding="latin-1")
+    code, _, err = call_main(sample, "--model", hf_folder, "--device", "cpu")
     assert code == 2 and err.count("\n") == 1 and message in err
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import http.server
 import json
+import os
 import re
 import threading
 
@@ -164,9 +165,10 @@ def test_two_processes_give_the_results_of_one(log_dir, examples_file, tmp_path)
         assert row == other
 
 
-def test_the_script_prints_accuracies_and_writes_results(call, log_dir, examples_file, tmp_path):
-    code, out, err = call(hellaswag, "--model", log_dir, "--data", examples_file, "--device=cpu",
-                          "--out", tmp_path / "out.jsonl", "--limit", 5)
+def test_the_script_prints_accuracies_and_writes_results(
+        call_main, log_dir, examples_file, tmp_path):
+    code, out, err = call_main(hellaswag, "--model", log_dir, "--data", examples_file,
+                               "--device=cpu", "--out", tmp_path / "out.jsonl", "--limit", 5)
     assert code == 0
     rows = read_jsonl(tmp_path / "out.jsonl")
     assert [row["ind"] for row in rows] == [0, 1, 2, 3, 4]
@@ -178,7 +180,7 @@ def test_the_script_prints_accuracies_and_writes_results(call, log_dir, examples
     assert "acc_norm" in err  # the progress bar
 
 
-def test_a_hugging_face_folder_is_scored_with_its_own_tokenizer(call, tmp_path):
+def test_a_hugging_face_folder_is_scored_with_its_own_tokenizer(call_main, tmp_path):
     tokenizer = train_bpe(["滿紙荒唐言，一把辛酸淚！都云作者痴，誰解其中味？"], 270)
     GPT2LMHeadModel(GPT2Config(vocab_size=270, n_positions=64, n_embd=32, n_layer=1,
                                n_head=2)).save_pretrained(tmp_path)
@@ -187,17 +189,17 @@ def test_a_hugging_face_folder_is_scored_with_its_own_tokenizer(call, tmp_path):
     write_jsonl(tmp_path / "examples.jsonl", [example])
     flags = ("--model", tmp_path, "--data", tmp_path / "examples.jsonl", "--device=cpu",
              "--out", tmp_path / "out.jsonl")
-    code, out, _ = call(hellaswag, *flags)
+    code, out, _ = call_main(hellaswag, *flags)
     assert code == 0 and "/1=" in out
     assert read_jsonl(tmp_path / "out.jsonl")[0]["num_tokens"] == [
         len(tokenizer.encode(" " + ending)) for ending in example["endings"]]
     tokenizer = train_bpe(["滿紙荒唐言，一把辛酸淚！"], 280)  # more tokens than the model knows
     (tmp_path / "tokenizer.json").write_text(tokenizer.model, encoding="utf-8")
-    code, _, err = call(hellaswag, *flags)
+    code, _, err = call_main(hellaswag, *flags)
     assert code == 2 and "knows 270 tokens, but its tokenizer has 280" in err
 
 
-def test_control_c_prints_the_score_so_far(call, log_dir, examples_file, monkeypatch):
+def test_control_c_prints_the_score_so_far(call_main, log_dir, examples_file, monkeypatch):
     score_trees, batches = scoring.score_trees, []
 
     def interrupt_third_batch(*args):
@@ -207,20 +209,20 @@ def test_control_c_prints_the_score_so_far(call, log_dir, examples_file, monkeyp
         return score_trees(*args)
 
     monkeypatch.setattr(scoring, "score_trees", interrupt_third_batch)
-    code, out, err = call(hellaswag, "--model", log_dir, "--data", examples_file, "--device=cpu",
-                          "--batch_tokens", 1)
+    code, out, err = call_main(hellaswag, "--model", log_dir, "--data", examples_file,
+                               "--device=cpu", "--batch_tokens", 1)
     assert code == 130 and "interrupted" in err
     assert re.match(r"acc: \d/2=", out.splitlines()[-1])
 
 
-def test_only_the_test_split_may_lack_labels(call, log_dir, tmp_path):
+def test_only_the_test_split_may_lack_labels(call_main, log_dir, tmp_path):
     path = tmp_path / "test.jsonl"
     write_jsonl(path, [{key: value for key, value in example.items() if key != "label"}
                        for example in EXAMPLES])
     flags = ("--model", log_dir, "--data", path, "--device=cpu", "--out", tmp_path / "out.jsonl")
-    code, _, err = call(hellaswag, *flags)
+    code, _, err = call_main(hellaswag, *flags)
     assert code == 2 and "line 1 lacks label" in err
-    code, out, _ = call(hellaswag, *flags, "--split", "test")
+    code, out, _ = call_main(hellaswag, *flags, "--split", "test")
     assert code == 0 and out == "6 examples scored, none with a label\n"
     assert [row["label"] for row in read_jsonl(tmp_path / "out.jsonl")] == [None] * 6
 
@@ -234,19 +236,35 @@ def write_predictions(path, preds):
                        for i, pred in enumerate(preds)])
 
 
-def test_compare_prints_agreement_and_p_value(call, tmp_path):
+def test_compare_prints_agreement_and_p_value(call_main, tmp_path):
     write_predictions(tmp_path / "a", [0] * 8 + [1, 1])
     write_predictions(tmp_path / "b", [1, 0, 0, 0, 0, 0, 0, 1, 0, 2, 0])
-    code, out, _ = call(hellaswag, "--compare", tmp_path / "a", tmp_path / "b")
+    code, out, _ = call_main(hellaswag, "--compare", tmp_path / "a", tmp_path / "b")
     assert code == 0 and out.splitlines() == [
         "10 examples in common, of 10 and 11",
         "acc: 0.8000 and 0.7000 | same prediction: 0.6000 | only the first right: 2, "
         "only the second: 1 | McNemar's exact p = 1",
         "acc_norm: 1.0000 and 1.0000 | same prediction: 1.0000 | only the first right: 0, "
         "only the second: 0 | McNemar's exact p = 1"]
-    (tmp_path / "c").write_text('{"ind": 3}\n')
-    code, _, err = call(hellaswag, "--compare", tmp_path / "a", tmp_path / "c")
-    assert code == 2 and "--out" in err and err.count("\n") == 1
+    code, _, err = call_main(hellaswag, "--compare", tmp_path / "a", tmp_path / "b", "--out", "c")
+    assert code == 2 and "leave out --out" in err and err.count("\n") == 1
+
+
+RESULT = '{"ind": 3, "label": 0, "pred": 1, "pred_norm": 0}\n'
+
+
+@pytest.mark.parametrize("content, message", [
+    ('{"ind": 3}\n', "was not written by hellaswag.py --out"), ("", "is empty"),
+    ("\n", "was not written"), ("[3]\n", "was not written"), ("\xff", "was not written"),
+    (2 * RESULT, "has two results for an example"), (RESULT.replace("3", "99"), "in common"),
+    (RESULT.replace('"label": 0', '"label": 2'), "different files or splits")])
+def test_only_results_of_the_same_examples_are_compared(call_main, tmp_path, content, message):
+    """Guards against a p-value over those examples of another split whose labels happen to fit."""
+    write_predictions(tmp_path / "a", [0] * 8)
+    (tmp_path / "c").write_text(content, encoding="latin-1")
+    for pair in (("a", "c"), ("c", "a")):
+        code, out, err = call_main(hellaswag, "--compare", *(tmp_path / name for name in pair))
+        assert (code, out) == (2, "") and message in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize("only_a, only_b, p", [
@@ -302,8 +320,9 @@ def test_lm_eval_style_encodes_together_and_divides_by_characters(log_dir):
     assert score.num_correct_norm == num_correct_norm
 
 
-def test_lm_eval_style_needs_its_fields(call, log_dir, examples_file):
-    code, _, err = call(hellaswag, "--model", log_dir, "--data", examples_file, "--lm_eval_style")
+def test_lm_eval_style_needs_its_fields(call_main, log_dir, examples_file):
+    code, _, err = call_main(hellaswag, "--model", log_dir, "--data", examples_file,
+                             "--lm_eval_style")
     assert code == 2 and "line 1 lacks activity_label" in err
 
 
@@ -329,12 +348,19 @@ def test_real_examples_score_as_the_reference(log_dir, real_data):
     ('{"ctx": 1, "label": 0, "endings": ["a", "b", "c", "d"]}', "line 7 .* not text"),
     ('{"ctx": "a", "label": 0, "endings": ["a", "b", "c", 4]}', "line 7 .* not text"),
     ("[1]", "line 7 is not a JSON object"), ("5", "line 7 is not a JSON object"),
-    ("\udcff", "line 7 is not JSON in UTF-8")])
+    ("\udcff", "line 7 is not JSON in UTF-8"), ("[" * 100_000, "line 7 is not JSON"),
+    (json.dumps(EXAMPLES[0] | {"ctx": "\ud800"}), "line 7 has a lone surrogate")])
 def test_a_bad_line_is_reported_with_its_number(examples_file, line, message):
     with open(examples_file, "a", encoding="utf-8", errors="surrogateescape") as file:
         file.write(line + "\n")
     with pytest.raises(UserError, match=message):
         list(tasks.iterate_examples(examples_file))
+
+
+def test_blank_lines_and_a_byte_order_mark_are_not_examples(tmp_path):
+    lines = "\n\r\n".join(json.dumps(example) for example in EXAMPLES)
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + lines.encode() + b"\n\n \n")
+    assert list(tasks.iterate_examples(tmp_path / "a.jsonl")) == EXAMPLES
 
 
 # HellaSwag during training
@@ -365,14 +391,19 @@ def test_hellaswag_during_training_leaves_the_training_unchanged(
 def mirror(monkeypatch, tmp_path):
     """
     A mirror of the val split that fails twice and then serves a small file; yields its settings.
+    Requests for a path in "redirects" are sent to another path.
     """
-    settings = {"failures": 2, "content": b'{"some": "examples"}\n', "requests": 0}
+    settings = {"failures": 2, "failure": 503, "content": b'{"some": "examples"}\n', "requests": 0,
+                "redirects": {}}
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             settings["requests"] += 1
             ok = settings["requests"] > settings["failures"]
-            self.send_response(200 if ok else 503)
+            target = settings["redirects"].get(self.path)
+            self.send_response(302 if target else 200 if ok else settings["failure"])
+            if target:
+                self.send_header("Location", target)
             self.send_header("Content-Length", str(len(settings["content"])))
             self.end_headers()
             self.wfile.write(settings["content"])
@@ -398,7 +429,36 @@ def test_download_retries_and_does_not_repeat_itself(mirror):
     assert tasks.DATA_FILE.read_bytes() == mirror["content"] and mirror["requests"] == 3
 
 
+def test_download_follows_redirects(mirror):
+    mirror.update(failures=0, redirects={"/val.jsonl": "/elsewhere"})
+    assert tasks.download().read_bytes() == mirror["content"] and mirror["requests"] == 2
+
+
+@pytest.mark.parametrize("changes, url, requests", [
+    ({"failure": 404}, None, 1), ({"failure": 403}, None, 1), ({"failure": 429}, None, 3),
+    ({"redirects": {"/val.jsonl": "/val.jsonl"}}, None, 31), ({}, "no address", 0)])
+def test_download_is_not_repeated_where_that_is_in_vain(
+        mirror, monkeypatch, changes, url, requests):
+    mirror.update(changes)
+    if url:
+        monkeypatch.setenv("HELLASWAG_URL", url)
+    if requests == 3:  # a server that is too busy for a moment
+        tasks.download()
+    else:
+        with pytest.raises(OSError, match="set HELLASWAG_URL to a mirror"):
+            tasks.download()
+    assert mirror["requests"] == requests
+
+
+def test_an_empty_HELLASWAG_URL_counts_as_unset(mirror, monkeypatch):
+    monkeypatch.setattr(tasks, "DATA_URL", os.environ["HELLASWAG_URL"])
+    monkeypatch.setenv("HELLASWAG_URL", "")
+    assert tasks.download().read_bytes() == mirror["content"]
+
+
 def test_only_the_first_process_of_a_node_downloads(mirror, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(OSError, match="another process could not download"):
         tasks.download_on_each_node("val", Ranks(CPU))
@@ -410,9 +470,9 @@ def test_only_the_first_process_of_a_node_downloads(mirror, monkeypatch):
     assert mirror["requests"] == 3
 
 
-def test_a_mirror_that_fails_or_serves_another_file_is_an_error(mirror, monkeypatch, call):
+def test_a_mirror_that_fails_or_serves_another_file_is_an_error(mirror, monkeypatch, call_main):
     mirror["failures"] = 99
-    code, _, err = call(hellaswag)
+    code, _, err = call_main(hellaswag)
     assert code == 2 and err.count("\n") == 1 and "HELLASWAG_URL" in err
     mirror["failures"] = 0
     monkeypatch.setitem(tasks.OFFICIAL_FILES, "val", (1000, "0" * 64))

@@ -1,5 +1,8 @@
 """Shards are right after restarts, by several processes, with bad rows, and from a failing hub."""
 
+import contextlib
+import functools
+import io
 import json
 import os
 import random
@@ -9,12 +12,15 @@ import sys
 import time
 from types import SimpleNamespace
 
+import datasets
+import huggingface_hub
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 from conftest import ROOT, run_script, small_text, tiny_config
 from fake_hub import FakeHub
+from tqdm import tqdm
 
 import fineweb
 import sample
@@ -22,7 +28,7 @@ import train_gpt2
 from fineweb import prepare
 from gpt2lab import shards, sources
 from gpt2lab.cli import UserError
-from gpt2lab.tokenizer import Tokenizer, train_bpe
+from gpt2lab.tokenizer import Tokenizer, cut_long_line, read_tokenizer, train_bpe, train_spm
 
 FINEWEB = ROOT / "fineweb.py"
 
@@ -135,7 +141,8 @@ def test_text_kept_in_memory_gives_the_same_bytes_as_text_read_again(
     assert folder_contents(tmp_path / "100000000") == folder_contents(tmp_path / "0")
 
 
-def test_changed_sources_are_refused(many_files, tmp_path, monkeypatch):
+def test_changed_sources_are_refused_and_added_ones_are_left_out(
+        many_files, tmp_path, monkeypatch, capsys):
     def interrupt(*args):
         raise KeyboardInterrupt
 
@@ -144,14 +151,20 @@ def test_changed_sources_are_refused(many_files, tmp_path, monkeypatch):
         patch.setattr(fineweb, "write_shards", interrupt)
         with pytest.raises(KeyboardInterrupt):
             prepare([many_files], out, "bpe:300", shard_size=1000)
+    (many_files / "e.txt").write_text("added")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(fineweb, "write_shards", interrupt)
+        prepare([many_files], out, "bpe:300", shard_size=1000)
+    assert f"left out what was not there when {out} was begun: " in capsys.readouterr().err
     (many_files / "d.txt").write_text("something else")
     with pytest.raises(UserError, match=r"sources have changed.*d\.txt"):
         prepare([many_files], out, "bpe:300", shard_size=1000)
 
 
-def test_max_tokens_is_kept_exactly(many_files, tmp_path, call):
-    code, out, _ = call(fineweb, "--source", many_files, "--tokenizer", "bpe:300", "--max_tokens",
-                        "5K", "--shard_size", "1.5K", "--out", tmp_path / "out")
+def test_max_tokens_is_kept_exactly(many_files, tmp_path, call_main):
+    code, out, _ = call_main(fineweb, "--source", many_files, "--tokenizer", "bpe:300",
+                             "--max_tokens", "5K", "--shard_size", "1.5K", "--out",
+                             tmp_path / "out")
     assert code == 0 and "val: 500 tokens" in out and "train: 4,500 tokens" in out
     lengths = [len(np.load(p)) for p in sorted((tmp_path / "out").glob("*.npy"))]
     assert sorted(lengths) == [500, 1500, 1500, 1500]
@@ -232,13 +245,141 @@ def test_a_wrong_parquet_column_is_named(many_files, tmp_path):
 
 
 def test_standard_input_is_stored_as_one_document_a_split(tmp_path):
+    own = tmp_path / "out" / "downloads" / "stdin.txt"  # a file of the user
+    own.parent.mkdir(parents=True)
+    own.write_text("precious")
     done = subprocess.run(
-        [sys.executable, str(FINEWEB), "--source", "-", "--tokenizer", "bpe:300", "--out", "out"],
-        input=small_text(9000).encode(), cwd=tmp_path, capture_output=True)
+        [sys.executable, str(FINEWEB), "--source", "-", "-", "--tokenizer", "bpe:300", "--out",
+         "out"], input=small_text(9000).encode(), cwd=tmp_path, capture_output=True)
     assert done.returncode == 0, done.stderr
     val, train = stored_documents(tmp_path / "out")
     assert train + val == small_text(9000)
-    assert not (tmp_path / "out" / "downloads").exists()
+    assert own.read_text() == "precious" and not (tmp_path / "out" / fineweb.DOWNLOADS).exists()
+
+
+def test_half_done_folder_of_an_earlier_version_is_finished_from_standard_input(
+        tmp_path, monkeypatch):
+    """Earlier versions kept standard input in downloads/stdin.txt, and no document_separator."""
+    text = small_text(60_000)
+    complete, half_done = tmp_path / "complete", tmp_path / "half_done"
+
+    def prepare_from_stdin(out):
+        monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(text.encode())))
+        return prepare(["-"], out, "bpe:300", shard_size=1000)
+
+    def interrupt(self, position):
+        flush(self, position)
+        if len(self.state["shards"]) == 5:
+            raise KeyboardInterrupt
+
+    flush = fineweb.ShardWriter.flush
+    prepare_from_stdin(complete)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(fineweb.ShardWriter, "flush", interrupt)
+        prepare_from_stdin(half_done)
+    (half_done / fineweb.DOWNLOADS).rename(half_done / "downloads")
+    state_file = half_done / "in_progress_0.json"
+    state = json.loads(state_file.read_text(encoding="utf-8"))
+    del state["recipe"]["document_separator"]
+    state["inputs"][0][0] = str(half_done / "downloads" / "stdin.txt")
+    state_file.write_text(json.dumps(state), encoding="utf-8")
+    first = half_done / "edufineweb_val_000000.npy"
+    mtime = first.stat().st_mtime_ns
+    assert prepare_from_stdin(half_done)["shards"] == shards.read_meta(complete)["shards"]
+    assert first.stat().st_mtime_ns == mtime
+    assert (half_done / "downloads" / "stdin.txt").is_file()  # who knows whose it is
+
+
+@pytest.mark.parametrize("name, spec", [("tokenizer.json", "bpe:300"), ("tokenizer.json", "gpt2"),
+                                        ("tokenizer.spm", "bpe:300"), ("meta.json", "bpe:300")])
+def test_files_of_the_user_are_not_overwritten(many_files, tmp_path, monkeypatch, name, spec):
+    bpe = train_bpe([small_text()], 300)
+    monkeypatch.setattr(fineweb, "make_tokenizer", lambda spec, training_texts=None: bpe)
+    (tmp_path / name).write_text("{}")
+    refusal = pytest.raises(UserError, match=f"{name}|was made with")
+    with contextlib.nullcontext() if spec == "gpt2" else refusal:
+        bpe.model = None if spec == "gpt2" else bpe.model
+        prepare([many_files], tmp_path, spec)
+    assert (tmp_path / name).read_text() == "{}"
+
+
+def test_output_folder_that_cannot_be_is_refused_before_the_work(many_files, tmp_path, monkeypatch):
+    monkeypatch.setattr(fineweb, "open_corpus", None)
+    (tmp_path / "file").write_text("precious")
+    for out in ("file", "file/out"):
+        with pytest.raises(UserError, match=r"cannot write to .*file is not a folder"):
+            prepare([many_files], tmp_path / out, "bpe:300")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(UserError, match="cannot write to"):
+        prepare([many_files], tmp_path / "out", "bpe:300")
+
+
+def test_shard_that_does_not_fit_into_memory_is_refused(many_files, tmp_path):
+    with pytest.raises(UserError, match=r"1,000,000,000,000,000 tokens does not fit.*shard_size"):
+        prepare([many_files], tmp_path / "out", "bpe:300", shard_size=10**15)
+
+
+def test_environment_of_other_programs_does_no_harm(monkeypatch):
+    two = {"RANK": "1", "WORLD_SIZE": "2"}
+    for environment, argv, expected in (
+            ({"RANK": "", "WORLD_SIZE": ""}, [], (0, 1)), ({"RANK": "1"}, [], (0, 1)),
+            (two, [], (1, 2)), (two, ["--rank", "3", "--world_size", "4"], (3, 4)),
+            ({"WORLD_SIZE": "x"}, [], "WORLD_SIZE is 'x'"),
+            (two | {"RANK": "x"}, [], "RANK is 'x'"), (two | {"RANK": "5"}, [], "RANK is 5"),
+            ({}, ["--rank", "1"], "rank 1 must be")):
+        monkeypatch.setattr(sys, "argv", ["fineweb.py", *argv])
+        for name in ("RANK", "WORLD_SIZE"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        if isinstance(expected, str):
+            with pytest.raises(UserError, match=expected):
+                fineweb.parse_args()
+        else:
+            args = fineweb.parse_args()
+            assert (args.rank, args.world_size) == expected
+
+
+def test_work_for_a_small_file_does_not_grow_with_the_number_of_files(tmp_path, monkeypatch):
+    """Sizes are summed once, and the progress bar is not redrawn for each file."""
+    num_additions = num_drawings = 0
+
+    class CountedSize(int):
+        def __radd__(self, other):
+            nonlocal num_additions
+            num_additions += 1
+            return other + int(self)
+
+    class CountedBar(tqdm):
+        def display(self, *args, **options):
+            nonlocal num_drawings
+            num_drawings += 1
+
+    monkeypatch.setattr(fineweb, "tqdm", functools.partial(CountedBar, mininterval=1e9))
+    inputs = []
+    for n in range(200):
+        (tmp_path / f"{n:03d}.txt").write_text(f"file {n}\n" * 20)
+        inputs.append(sources.Input(str(tmp_path / f"{n:03d}.txt"), CountedSize(160)))
+    monkeypatch.setattr(sources, "list_inputs", lambda *args: inputs)
+    prepare([tmp_path], tmp_path / "out", "bpe:300")
+    assert num_additions <= 3 * len(inputs) and num_drawings < 10
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="only Linux pins processes")
+def test_threads_are_as_many_as_the_cpus_that_the_process_is_pinned_to(many_files, tmp_path):
+    code = ("import os, sys, runpy; os.environ.pop('RAYON_NUM_THREADS', None); "
+            "os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); "
+            "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__'); "
+            "print('threads', os.environ['RAYON_NUM_THREADS'])")
+    done = run_script("-c", code, FINEWEB, "--source", many_files, "--tokenizer", "bpe:300",
+                      "--out", tmp_path / "out", env={"PYTHONPATH": str(ROOT)})
+    assert done.stdout.endswith("threads 1\n"), done.stderr
+
+
+def test_trained_tokenizer_sees_text_also_if_the_first_chunk_holds_all_of_it(tmp_path):
+    (tmp_path / "a.txt").write_text(small_text(30_000), encoding="utf-8")
+    meta = prepare([tmp_path / "a.txt"], tmp_path / "out", "bpe:300", shard_size=1000)
+    assert meta["vocab_size"] == 300
 
 
 # -----------------------------------------------------------------------------
@@ -273,11 +414,11 @@ def write_unknown_token_ids(path):
     np.save(path, np.full(1000, 999, np.uint16))
 
 
-def test_verify_finds_every_kind_of_damage(call, many_files, tmp_path, capsys):
+def test_verify_finds_every_kind_of_damage(call_main, many_files, tmp_path, capsys):
     good = tmp_path / "good"
     prepare([many_files], good, "bpe:300", shard_size=1000)
     capsys.readouterr()
-    code, out, err = call(fineweb, "--verify", good)
+    code, out, err = call_main(fineweb, "--verify", good)
     assert (code, err) == (0, "") and out.count(" good") == len(list(good.glob("*.npy")))
     for damage, message in ((flip_a_bit, "differs from its checksum"), (os.remove, "lacks"),
                             (truncate, "truncated"),
@@ -287,13 +428,34 @@ def test_verify_finds_every_kind_of_damage(call, many_files, tmp_path, capsys):
         folder = tmp_path / "bad"
         shutil.copytree(good, folder)
         damage(folder / "edufineweb_train_000003.npy")
-        code, out, err = call(fineweb, "--verify", folder)
+        code, out, err = call_main(fineweb, "--verify", folder)
         assert code == 2 and err.count("\n") == 1 and message in out + err
         shutil.rmtree(folder)
 
 
-def test_stats_tell_tokenizer_tokens_documents_and_first_words(call, data_dir):
-    code, out, _ = call(fineweb, "--stats", data_dir)
+def test_damage_of_any_file_of_a_folder_ends_in_one_line(many_files, tmp_path):
+    good, bad = tmp_path / "good", tmp_path / "bad"
+    prepare([many_files / "a.jsonl"], good, "bpe:300")
+    rng = random.Random(0)
+    num_errors = 0
+    for path in sorted(good.iterdir()) * 20:
+        data = bytearray(path.read_bytes())
+        start = rng.randrange(min(len(data), 200))  # the header of a shard is in front
+        damages = [data[:start], data[:start] + rng.randbytes(5) + data[start + 5:],
+                   data[:start] + data[start + 1:], b"{}", b""]
+        shutil.copytree(good, bad)
+        (bad / path.name).write_bytes(rng.choice(damages))
+        for check in (shards.verify, shards.print_stats, shards.load_data_tokenizer):
+            try:
+                check(bad)
+            except UserError:
+                num_errors += 1
+        shutil.rmtree(bad)
+    assert num_errors > 80
+
+
+def test_stats_tell_tokenizer_tokens_documents_and_first_words(call_main, data_dir):
+    code, out, _ = call_main(fineweb, "--stats", data_dir)
     assert code == 0 and "bpe:300, 300 tokens" in out
     totals = shards.read_meta(data_dir)["splits"]["train"]
     assert f"train: 1 shards, {totals['tokens']:,} tokens, 1 documents" in out
@@ -375,6 +537,29 @@ def test_failing_downloads_are_repeated_and_no_data_is_lost(hub, tmp_path):
     assert done.returncode == 0, done.stderr
     assert not hub.faults and stored_documents(tmp_path / "out") == ALL_HUB_DOCUMENTS
     assert len(list((tmp_path / "out" / "downloads").glob("*.parquet"))) == 3
+    assert not (tmp_path / "out" / "in_progress_downloads").exists()
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_folder_downloads_of_the_user_is_not_touched(hub, tmp_path, keep):
+    own = tmp_path / "out" / "downloads"
+    own.mkdir(parents=True)
+    for name in ("train-00000-of-00003.parquet", "mine.txt"):
+        (own / name).write_text("precious")
+    done = run_from_hub(hub, tmp_path, *["--keep_downloads"] * keep)
+    assert done.returncode == 0, done.stderr
+    assert [path.read_text() for path in own.iterdir()] == ["precious"] * 2
+    assert len(list((tmp_path / "out").glob("downloads_2/*.parquet"))) == 3 * keep
+    assert not (tmp_path / "out" / "in_progress_downloads").exists()
+
+
+def test_hub_dataset_of_unknown_files_is_refused(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *args: SimpleNamespace(
+        config=SimpleNamespace(data_files={"train": ["hf://datasets/me/texts@main/a.arrow"]})))
+    monkeypatch.setattr(huggingface_hub, "HfFileSystem", lambda: SimpleNamespace(
+        info=lambda url: {"size": 1}))
+    with pytest.raises(UserError, match=r"cannot read hf://.*a\.arrow: its name must end in"):
+        sources.list_inputs(["me/texts"], None, "train")
 
 
 def test_retry_after_is_read_from_the_response():
@@ -396,7 +581,7 @@ def test_hub_that_stays_down_gives_one_line_and_finished_shards_stay(hub, tmp_pa
     assert done.returncode == 2 and "not a readable parquet" in done.stderr.splitlines()[-1]
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("*.npy")}
     assert before
-    shutil.rmtree(tmp_path / "out" / "downloads")
+    shutil.rmtree(tmp_path / "out" / "in_progress_downloads")
     files[last] = good
     hub.faults = [503, "for ever"]
     done = run_from_hub(hub, tmp_path, *flags, wait=False)
@@ -443,7 +628,7 @@ def test_gpt2_tokenizer_comes_from_the_hub_where_openai_is_blocked(real_data, tm
 # other languages and tokenizers
 
 
-def test_model_of_chinese_poems_writes_only_whole_characters_of_them(tmp_path, call, capsys):
+def test_model_of_chinese_poems_writes_only_whole_characters_of_them(tmp_path, call_main, capsys):
     poems = ["床前明月光，疑是地上霜。举头望明月，低头思故乡。",
              "春眠不觉晓，处处闻啼鸟。夜来风雨声，花落知多少。"]
     (tmp_path / "zh.txt").write_text("\n".join(poems * 100), encoding="utf-8")
@@ -451,11 +636,56 @@ def test_model_of_chinese_poems_writes_only_whole_characters_of_them(tmp_path, c
     train_gpt2.train(tiny_config(tmp_path / "zh", tmp_path / "log", max_steps=80, max_lr=1e-2,
                                  min_lr=1e-3, n_embd=64))
     capsys.readouterr()
-    code, out, _ = call(sample, "--model", tmp_path / "log", "--prompt", "春眠", "--temperature", 0,
-                        "--num_samples", 1, "--max_new_tokens", 30, "--device", "cpu")
+    code, out, _ = call_main(sample, "--model", tmp_path / "log", "--prompt", "春眠",
+                             "--temperature", 0, "--num_samples", 1, "--max_new_tokens", 30,
+                             "--device", "cpu")
     assert code == 0 and out.startswith("[Sample 1] 春眠")
     text = out.removeprefix("[Sample 1] ")
     assert len(text) > 15 and set(text) <= set("".join(poems) + "\n")
+
+
+def test_sentencepiece_learns_from_long_lines(tmp_path):
+    pytest.importorskip("sentencepiece")
+    long_line = " ".join(small_text(40_000).split())
+    assert train_spm([long_line], 400).vocab_size == 400
+    # in a mixed text, what only the long line says is learnt, too
+    word = "floccinaucinihilipilification"
+    mixed = train_spm([small_text(20_000), f"{word} " * 1000], 400)
+    assert len(mixed.encode(word)) < len(word) // 2
+    for line in (long_line, "梦" * 5000, "a" * 9000, " " * 5000, "short"):
+        parts = cut_long_line(line)
+        assert "".join(parts) == line and max(len(part.encode()) for part in parts) <= 4192
+    assert all(part.startswith(" ") for part in cut_long_line(long_line)[1:])
+
+
+def test_sentencepiece_model_of_text_without_spaces_keeps_spaces():
+    pytest.importorskip("sentencepiece")
+    tokenizer = train_spm(["床前明月光疑是地上霜\n" * 500], 269)
+    assert tokenizer.decode(tokenizer.encode("a  b 明月")) == "a  b 明月"
+
+
+@pytest.mark.parametrize("changes", [
+    {}, {"byte_fallback": False}, {"normalization_rule_name": "nmt_nfkc"},
+    {"add_dummy_prefix": True}, {"remove_extra_whitespaces": True}, {"eos_id": -1,
+     "user_defined_symbols": "<|endoftext|>"}])
+def test_sentencepiece_model_that_changes_text_is_refused(tmp_path, changes):
+    sentencepiece = pytest.importorskip("sentencepiece")
+    options = dict(
+        byte_fallback=True, normalization_rule_name="identity", add_dummy_prefix=False,
+        remove_extra_whitespaces=False, bos_id=-1, eos_id=1, pad_id=-1, unk_id=0, minloglevel=2)
+    options |= changes
+    if options["eos_id"] == 1:
+        options["eos_piece"] = "<|endoftext|>"
+    with open(tmp_path / "my.spm", "wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(small_text().splitlines()), model_writer=file, vocab_size=400,
+            **options)
+    if not changes:
+        assert read_tokenizer(tmp_path / "my.spm").vocab_size == 400
+        return
+    with pytest.raises(UserError, match=r"my\.spm (changes text|makes end-of-text).*byte_fallback"):
+        read_tokenizer(tmp_path / "my.spm")
+
 
 def test_sentencepiece_decodes_every_text_that_it_encoded(tmp_path):
     pytest.importorskip("sentencepiece")

@@ -68,9 +68,9 @@ def line_data(axes, label):
     return line.get_xdata(), line.get_ydata()
 
 
-def test_the_picture_shows_all_curves_of_a_run(figures, tmp_path, call):
+def test_the_picture_shows_all_curves_of_a_run(figures, tmp_path, call_main):
     folder = write_run(tmp_path / "mine", source=["book.txt"], vocab_size=1536)
-    code, out, _ = call(plot, folder)
+    code, out, _ = call_main(plot, folder)
     assert code == 0 and f"wrote {folder / 'loss.png'}" in out
     assert (folder / "loss.png").read_bytes().startswith(PNG)
     loss, hella, lr, norm = figures[0].axes
@@ -129,20 +129,77 @@ def test_smoothing_keeps_length_and_mean():
     assert plot.smooth([]).tolist() == [] and plot.smooth([3.0]).tolist() == [3]
 
 
-def test_a_folder_without_a_log_is_an_error_of_one_line(call, tmp_path):
+@pytest.mark.parametrize("values", [["nan"], ["inf", "-inf"], ["nan", "3", "inf"]])
+def test_values_that_are_not_finite_are_left_out(figures, tmp_path, values):
+    (tmp_path / "log.txt").write_text("".join(
+        f"{i} {stream} {values[i % len(values)]}\n" for i in range(300)
+        for stream in ("train", "val", "norm", "lr", "hella")))
+    plot.plot([tmp_path], tmp_path / "a.png")
+    _, smoothed = line_data(figures[0].axes[0], f"{tmp_path.name}: train, smoothed")
+    if "3" in values:  # a NaN does not spread over the window around it
+        assert smoothed[10:-10].tolist() == [3] * 280
+    else:
+        assert np.isnan(smoothed).all()
+
+
+def test_a_run_of_one_step_shows_dots(figures, tmp_path):
+    (tmp_path / "log.txt").write_text("0 train 3\n0 lr 1e-3\n0 norm 1\n")
+    plot.plot([tmp_path], tmp_path / "a.png")
+    loss, _, lr, norm = figures[0].axes
+    assert [axes.lines[-1].get_marker() for axes in (loss, lr, norm)] == [".", ".", "."]
+
+
+@pytest.mark.parametrize("names, labels", [
+    (("a/log", "b/log"), ["a/log", "b/log"]), (("a/log", "a/log"), ["log"]),
+    (("_a", "b"), [" _a", "b"]), (("$x$", r"a$\b$"), [r"\$x\$", r"a\$\b\$"]),
+    (("a\udce9",), ["a?"])])
+def test_every_run_has_a_legible_name_of_its_own(figures, tmp_path, monkeypatch, call_main, names,
+                                                 labels):
+    monkeypatch.chdir(tmp_path)
+    for name in set(names):
+        Path(name).parent.mkdir(exist_ok=True)
+        write_run(Path(name), steps=20)
+    code, _, err = call_main(plot, *names, "--out", "x.png")
+    assert code == 0, err
+    legend = figures[0].axes[0].get_legend().get_texts()
+    assert [text.get_text().partition(": train")[0] for text in legend[::2]] == labels
+
+
+@pytest.mark.parametrize("out, message", [
+    ("no/a.png", "make its folder"), ("folder.png", "is a folder"), ("a.xyz", "known format: end"),
+    ("a", ".png"), (".png", "known format")])
+def test_a_picture_that_cannot_be_written_is_refused(
+        call_main, tmp_path, monkeypatch, out, message):
+    monkeypatch.chdir(tmp_path)
+    folder = write_run(tmp_path / "log")
+    (tmp_path / "folder.png").mkdir()
+    monkeypatch.setattr(plot, "read_log", lambda folder: pytest.fail("begins to work"))
+    code, _, err = call_main(plot, folder, "--out", out)
+    assert code == 2 and message in err and err.count("\n") == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["folder.png", "log"]
+
+
+def test_the_backend_of_a_notebook_does_not_matter(tmp_path):
+    """Guards against MPLBACKEND, which Colab sets to a backend that other Pythons lack."""
+    write_run(tmp_path / "log")
+    done = run_script(ROOT / "plot.py", cwd=tmp_path, env={"MPLBACKEND": "module://no_such_module"})
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_folder_without_a_log_is_an_error_of_one_line(call_main, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "log.txt").write_text("12 tra")
     for folder, message in ((tmp_path, "no log.txt"), (tmp_path / "empty", "holds no line")):
-        code, _, err = call(plot, folder)
+        code, _, err = call_main(plot, folder)
         assert code == 2 and message in err and err.count("\n") == 1
     assert not list(tmp_path.rglob("*.png"))
 
 
 def test_missing_matplotlib_is_an_error_of_plot_py_but_a_warning_of_training(
-        call, tmp_path, monkeypatch, capsys):
+        call_main, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     folder = write_run(tmp_path / "log")
-    code, _, err = call(plot, folder)
+    code, _, err = call_main(plot, folder)
     assert code == 2 and "pip install matplotlib" in err and err.count("\n") == 1
     plot.try_to_plot(folder)  # what training calls
     assert capsys.readouterr().out.startswith("warning: ")
@@ -165,6 +222,8 @@ def test_plotting_imports_neither_torch_nor_pyplot(tmp_path):
 def log_three_steps(config, start_step=0, **flags):
     """Log steps as a run does that starts from scratch, or resumes at `start_step`."""
     resumed_from = Path(config.log_dir) / "model_00002.pt" if start_step else None
+    if resumed_from:
+        resumed_from.touch()
     log = open_logger(replace(config, **flags), start_step, resumed_from)
     for step in range(start_step, start_step + 3):
         log(step, val=3.0 + step)
@@ -210,7 +269,8 @@ def test_all_files_of_an_earlier_run_are_moved_to_previous_1(data_dir, tmp_path)
     log_three_steps(config)
     names = ["log.txt", "loss.png", "run.json", "tensorboard"]
     assert sorted(p.name for p in (tmp_path / "previous_1").iterdir()) == names
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["log.txt", "previous_1", "run.json"]
+    left = {p.name for p in tmp_path.iterdir()} - {"run.lock"}
+    assert left == {"log.txt", "previous_1", "run.json"}
 
 
 def install_fake_wandb(monkeypatch, init):

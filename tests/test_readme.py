@@ -264,10 +264,10 @@ def shown_commands():
 OPTIONS = {}  # {script: its flags}, of each script that was asked
 
 
-def options(script, call):
+def options(script, call_main):
     """The --flags that a script's --help lists."""
     if script not in OPTIONS:
-        code, out, _ = call(importlib.import_module(script.removesuffix(".py")), "--help")
+        code, out, _ = call_main(importlib.import_module(script.removesuffix(".py")), "--help")
         assert code == 0, f"{script} --help"
         lists = re.findall(r"^  (-.*?)(?:  |$)", out, re.MULTILINE)
         OPTIONS[script] = {flag for line in lists for flag in re.findall(r"--\w+", line)}
@@ -281,17 +281,17 @@ def flags_of(words):
     return {word.split("=")[0] for word in words if word.startswith("--")}
 
 
-def test_commands_have_their_scripts_and_flags(call):
+def test_commands_have_their_scripts_and_flags(call_main):
     """Guards against a command whose script or flag was renamed or never existed."""
     commands = shown_commands()
     assert len(commands) > 40, "the commands are not found any more"
     for line, script, words in commands:
         assert (ROOT / script).is_file(), f"no {script}: {line}"
-        unknown = flags_of(words) - options(script, call)
+        unknown = flags_of(words) - options(script, call_main)
         assert not unknown, f"{script} has no {unknown}: {line}"
 
 
-def test_flags_in_prose_belong_to_a_script(call):
+def test_flags_in_prose_belong_to_a_script(call_main):
     """Guards against a flag that is still explained after it was renamed."""
     scripts = {script for _, script, _ in shown_commands()}
     spans = [span for page in PAGES for section in read_sections(page)
@@ -299,7 +299,8 @@ def test_flags_in_prose_belong_to_a_script(call):
     assert len(spans) > 80, "the flags are not found any more"
     for span in spans:
         flags = flags_of(span.split()) - TORCHRUN_FLAGS - PLACEHOLDERS
-        assert any(flags <= options(script, call) for script in scripts), f"no script has {span}"
+        known = any(flags <= options(script, call_main) for script in scripts)
+        assert known, f"no script has {span}"
 
 
 def test_table_of_flags_agrees_with_train_config():

@@ -16,7 +16,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_script
+from conftest import ROOT, make_flags, run_script
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import sample
@@ -323,32 +323,32 @@ def test_stop_text_ends_a_stream_and_is_never_shown(tokenizer, text, stop, expec
 # the script
 
 
-def test_the_script_prints_samples(call, log_dir):
-    code, out, err = call(sample, "--model", log_dir, "--prompt", "The ", "--max_new_tokens", 20,
-                          "--num_samples", 2, "--device", "cpu")
+def test_the_script_prints_samples(call_main, log_dir):
+    code, out, err = call_main(sample, "--model", log_dir, "--prompt", "The ", "--max_new_tokens",
+                               20, "--num_samples", 2, "--device", "cpu")
     assert (code, err) == (0, "")
     assert out.startswith("[Sample 1] The ") and "\n[Sample 2] The " in out
     checkpoint = next(log_dir.glob("model_*.pt"))
-    again = call(sample, "--model", checkpoint, "--prompt", "The ", "--max_new_tokens", 20,
-                 "--num_samples", 1, "--device", "cpu")[1]
+    again = call_main(sample, "--model", checkpoint, "--prompt", "The ", "--max_new_tokens", 20,
+                      "--num_samples", 1, "--device", "cpu")[1]
     assert out.startswith(again)
 
 
-def test_flags_override_the_style(call, log_dir):
+def test_flags_override_the_style(call_main, log_dir):
     common = ("--model", log_dir, "--max_new_tokens", 30, "--device", "cpu")
-    texts = {style: call(sample, *common, "--style", style)[1] for style in sample.STYLES}
+    texts = {style: call_main(sample, *common, "--style", style)[1] for style in sample.STYLES}
     assert len(set(texts.values())) == 3
     wild = sample.STYLES["wild"]
-    flags = [x for name, value in wild.items() for x in (f"--{name}", value)]
-    assert call(sample, *common, "--style", "focused", *flags)[1] == texts["wild"]
+    flags = make_flags(**wild)
+    assert call_main(sample, *common, "--style", "focused", *flags)[1] == texts["wild"]
 
 
-def test_many_samples_are_drawn_a_few_at_a_time(call, log_dir, monkeypatch, tmp_path):
+def test_many_samples_are_drawn_a_few_at_a_time(call_main, log_dir, monkeypatch, tmp_path):
     common = ("--model", log_dir, "--max_new_tokens", 9, "--num_samples", 5, "--device", "cpu",
               "--stop", "e", "--out", tmp_path / "out.jsonl")
-    out = call(sample, *common)[1]
+    out = call_main(sample, *common)[1]
     monkeypatch.setattr(sample, "ROWS_AT_ONCE", 2)
-    assert call(sample, *common) == (0, out, "")
+    assert call_main(sample, *common) == (0, out, "")
     results = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text("utf-8").split("\n")
                if line]
     assert out == "".join(f"[Sample {r['sample']}] {r['prompt']}{r['text']}\n" for r in results)
@@ -357,29 +357,57 @@ def test_many_samples_are_drawn_a_few_at_a_time(call, log_dir, monkeypatch, tmp_
     assert not any("e" in r["text"] for r in results)
 
 
-def test_prompt_from_file_and_from_standard_input(call, log_dir, monkeypatch, tmp_path):
+def test_prompt_from_file_and_from_standard_input(call_main, log_dir, monkeypatch, tmp_path):
     common = ("--model", log_dir, "--max_new_tokens", 5, "--num_samples", 1, "--device", "cpu")
     prompt = "«Été» 红楼梦\nзима"
-    expected = call(sample, *common, "--prompt", prompt)
+    expected = call_main(sample, *common, "--prompt", prompt)
     assert expected[0] == 0 and expected[1].startswith(f"[Sample 1] {prompt}")
     for stored in (prompt.encode(), prompt.encode("utf-8-sig") + b"\r\n"):
         (tmp_path / "prompt.txt").write_bytes(stored)
-        assert call(sample, *common, "--prompt_file", tmp_path / "prompt.txt") == expected
+        assert call_main(sample, *common, "--prompt_file", tmp_path / "prompt.txt") == expected
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stored), encoding="ascii"))
-        assert call(sample, *common, "--prompt", "-") == expected
+        assert call_main(sample, *common, "--prompt", "-") == expected
     (tmp_path / "prompt.txt").write_bytes("é".encode("latin-1"))
-    code, out, err = call(sample, *common, "--prompt_file", tmp_path / "prompt.txt")
+    code, out, err = call_main(sample, *common, "--prompt_file", tmp_path / "prompt.txt")
     assert (code, out) == (2, "") and "not UTF-8" in err and err.count("\n") == 1
 
 
-def test_greedy_equals_temperature_0(call, log_dir):
+def test_a_prompt_that_is_too_long_or_a_folder(call_main, log_dir, monkeypatch, tmp_path):
+    monkeypatch.setattr(sample, "MAX_PROMPT_BYTES", 10)
+    (tmp_path / "prompt.txt").write_bytes(b"x" * 11)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"x" * 11)))
+    for flags, message in (
+            (("--prompt_file", tmp_path / "prompt.txt"), "more than 10 bytes"),
+            (("--prompt", "-"), "more than 10 bytes"),
+            (("--prompt_file", "/dev/zero"), "more than 10 bytes"),
+            (("--prompt_file", tmp_path), "check the path")):
+        code, out, err = call_main(sample, "--model", log_dir, "--device", "cpu", *flags)
+        assert (code, out) == (2, "") and message in err and err.count("\n") == 1
+
+
+def test_arguments_are_utf8_in_every_locale():
+    as_python_passes_it_in_the_c_locale = "é红".encode().decode("ascii", "surrogateescape")
+    assert sample.decode_argument("--stop", as_python_passes_it_in_the_c_locale) == "é红"
+    with pytest.raises(UserError, match="--stop is not UTF-8"):
+        sample.decode_argument("--stop", "\udce9")
+
+
+def test_numbers_of_any_size(call_main, log_dir):
+    huge = "9" * 30
+    code, out, err = call_main(
+        sample, "--model", log_dir, "--device", "cpu", "--num_samples", 1, "--stop", " ",
+        "--max_new_tokens", huge, "--top_k", huge, "--seed", huge, "--temperature", "1e-300")
+    assert (code, err) == (0, "") and out.startswith("[Sample 1]")
+
+
+def test_greedy_equals_temperature_0(call_main, log_dir):
     common = ("--model", log_dir, "--max_new_tokens", 30, "--num_samples", 1, "--device", "cpu")
-    greedy = call(sample, *common, "--greedy")
-    assert greedy == call(sample, *common, "--temperature", 0, "--seed", 7)
-    assert greedy != call(sample, *common)
+    greedy = call_main(sample, *common, "--greedy")
+    assert greedy == call_main(sample, *common, "--temperature", 0, "--seed", 7)
+    assert greedy != call_main(sample, *common)
 
 
-def test_default_model_is_the_newest_run(call, log_dir, monkeypatch, tmp_path):
+def test_default_model_is_the_newest_run(call_main, log_dir, monkeypatch, tmp_path):
     monkeypatch.delenv("GPT2_MODEL", raising=False)
     monkeypatch.chdir(log_dir.parent)
     assert default_source() == "log"
@@ -393,18 +421,19 @@ def test_default_model_is_the_newest_run(call, log_dir, monkeypatch, tmp_path):
     ("--temperature", "-1"), ("--top_k", "-1"), ("--top_p", "1.5"), ("--top_p", "nan"),
     ("--max_new_tokens", "0"), ("--num_samples", "0"), ("--style", "loud"), ("--device", "tpu"),
     ("--top_k", "1.5"), ("--repetition_penalty", "0"), ("--seed", "-1"), ("--dtype", "int3"),
-    ("--compile", "--device=cpu"), ("--interactive", "--prompt=x"),
+    ("--compile", "--device=cpu"), ("--interactive", "--prompt=x"), ("--stop", ""),
+    ("--temperature", "inf"), ("--repetition_penalty", "inf"), ("--max_new_tokens", "9" * 5000),
     ("--prompt_file", "none.txt", "--prompt", "x")])
-def test_bad_flags_are_reported_in_one_line(call, log_dir, flags):
-    code, out, err = call(sample, "--model", log_dir, *flags)
+def test_bad_flags_are_reported_in_one_line(call_main, log_dir, flags):
+    code, out, err = call_main(sample, "--model", log_dir, *flags)
     assert (code, out) == (2, "") and err.count("\n") == 1 and flags[0].strip("-") in err
 
 
-def test_a_tokenizer_larger_than_the_model_is_refused(call, hf_folder, tokenizer, tmp_path):
+def test_a_tokenizer_larger_than_the_model_is_refused(call_main, hf_folder, tokenizer, tmp_path):
     _, hf = hf_folder
     hf.save_pretrained(tmp_path)
     (tmp_path / "tokenizer.json").write_text(tokenizer.model, encoding="utf-8")
-    code, out, err = call(sample, "--model", tmp_path, "--device", "cpu")
+    code, out, err = call_main(sample, "--model", tmp_path, "--device", "cpu")
     assert (code, out) == (2, "") and "knows 101 tokens, but its tokenizer has 300" in err
 
 
@@ -459,6 +488,16 @@ def test_commands_and_answers_of_a_session(model, tokenizer, log_dir, monkeypatc
     # /reset starts the seed over, too, so the same line gets the same answer
     answer = third.removeprefix("the text so far is forgotten\n")
     assert answer and first.endswith("max_new_tokens 7\n" + answer) and second != answer
+
+
+@pytest.mark.parametrize("typed", [b"one\n\xe4\xbd\ntwo\n", b"one\n\xff\ntwo\n\xe4\xbd"])
+def test_only_lines_that_are_not_utf8_are_ignored(log_dir, monkeypatch, call_main, typed):
+    """Guards against an endless loop at input that ends in the middle of a character."""
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(typed)))
+    code, out, _ = call_main(sample, "--interactive", "--model", log_dir, "--device", "cpu",
+                             "--max_new_tokens", 3)
+    assert code == 0 and out.count("tokens/s)") == 2
+    assert out.count("not UTF-8") == typed.count(b"\xff") + typed.count(b"\xe4")
 
 
 class Terminal:

@@ -8,18 +8,12 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from conftest import ROOT, run_script
+from conftest import ROOT, plain_model, run_script
 from torch.nn import functional as F
 
 from gpt2lab import kernels
 from gpt2lab.device import flops_per_token, model_flops_utilization, paused_gc
-from train_gpt2 import GPT, GPTConfig
-
-
-def plain_model(seed=0):
-    """A small GPT as train_gpt2.py defines it: the oracle."""
-    torch.manual_seed(seed)
-    return GPT(GPTConfig(block_size=32, vocab_size=300, n_layer=2, n_head=2, n_embd=32))
+from train_gpt2 import GPTConfig
 
 
 def optimized_model(seed=0):

@@ -20,7 +20,7 @@ SCRIPTS = {f"{module.__name__}.py": module
 
 
 @pytest.fixture
-def run_readme(call, tmp_path, monkeypatch):
+def run_readme(call_main, tmp_path, monkeypatch):
     """
     Returns a function that runs a command of README in an empty folder, with more flags that make
     it small, and returns the output. The function fails if README does not show the command.
@@ -31,7 +31,7 @@ def run_readme(call, tmp_path, monkeypatch):
     def run(command, *more_flags):
         assert f"{command}\n" in README or f"{command} " in README or f"`{command}`" in README
         _, script, *flags = shlex.split(command)
-        code, out, err = call(SCRIPTS[script], *flags, *more_flags)
+        code, out, err = call_main(SCRIPTS[script], *flags, *more_flags)
         assert code == 0, err
         return out
 

@@ -1,4 +1,4 @@
-"""The training loop: schedule, logs, checkpoints, resume, processes."""
+"""The training loop: schedule, options, losses, logs and checkpoints of a run, HellaSwag."""
 
 import math
 import re
@@ -6,23 +6,20 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ROOT, read_log, run_script, tiny_config
+from conftest import parse_train_flags, read_log, tiny_config
 
-import train_gpt2
 from gpt2lab import presets, shards, tasks
 from gpt2lab.checkpoints import find_checkpoint, load_checkpoint
 from gpt2lab.cli import UserError
-from train_gpt2 import TrainConfig, get_lr, train
+from train_gpt2 import DataLoaderLite, TrainConfig, build_model, get_lr, train
 
-
-def parse(argv):
-    """(preset, TrainConfig) from the arguments of train_gpt2.py."""
-    return presets.parse_command_line(TrainConfig, "", argv)
+# -----------------------------------------------------------------------------
+# schedule and options
 
 
 @pytest.mark.parametrize("step, lr", [
     (0, 6e-4 / 715), (714, 6e-4), (715, 6e-4), (19_072, 6e-5), (19_073, 6e-5), (99_999, 6e-5)])
-def test_learning_rate_of_the_recipe(step, lr):
+def test_default_learning_rate_warms_up_and_decays_to_a_tenth(step, lr):
     assert get_lr(step, TrainConfig()) == pytest.approx(lr, rel=1e-6)
 
 
@@ -36,26 +33,32 @@ def test_learning_rate_without_warmup_and_without_decay():
 
 
 def test_defaults_are_the_124m_recipe():
-    preset, config = parse([])
-    assert preset is None and config == TrainConfig()
+    preset, config = parse_train_flags()
+    assert preset is None
+    assert config == TrainConfig()
     assert (config.B, config.T, config.total_batch_size, config.max_steps) == (
         64, 1024, 524_288, 19_073)
-    for world_size in (8, 1):  # 1 and 8 micro-steps
+    for world_size in (8, 1):  # an update has 1 or 8 micro-steps
         presets.check_batch_size(config.B, config.T, config.total_batch_size, world_size)
 
 
 def test_explicit_flags_win_over_the_preset():
-    preset, config = parse(["--max_steps", "7", "--preset", "demo", "--compile"])
-    assert preset == "demo" and config.max_steps == 7 and config.compile is True
+    preset, config = parse_train_flags("--max_steps", "7", "--preset", "demo", "--compile")
+    assert preset == "demo"
+    assert config.max_steps == 7 and config.compile is True
     assert config == replace(TrainConfig(**presets.RUN_PRESETS["demo"]), max_steps=7, compile=True)
-    assert parse(["--no_compile", "--no_shuffle"])[1] == TrainConfig(
-        compile=False, shuffle=False)
 
 
+def test_switches_have_opposites():
+    _, config = parse_train_flags("--no_compile", "--no_shuffle")
+    assert config == TrainConfig(compile=False, shuffle=False)
+
+
+# -----------------------------------------------------------------------------
 # a run
 
 
-def test_a_run_learns_logs_and_saves(data_dir, tmp_path, capsys):
+def test_a_run_prints_learns_logs_and_saves(data_dir, tmp_path, capsys):
     config = tiny_config(data_dir, tmp_path, max_steps=40, eval_every=20, save_every=20,
                          print_every=10, max_lr=3e-3)
     result = train(config)
@@ -72,7 +75,8 @@ def test_a_run_learns_logs_and_saves(data_dir, tmp_path, capsys):
 
     train_loss, val = read_log(tmp_path, "train"), read_log(tmp_path, "val")
     assert list(train_loss) == list(range(40)) and list(val) == [0, 20, 40]
-    assert train_loss[0] == pytest.approx(math.log(384), abs=0.1)  # 300 rounded up to 128s
+    rows = 384  # of the embedding: 300 tokens rounded up to a multiple of 128
+    assert train_loss[0] == pytest.approx(math.log(rows), abs=0.1)
     assert val[40] < val[20] < val[0]
     assert val[40] == pytest.approx(result["val_loss"], rel=1e-5)
     assert result["train_loss"] == pytest.approx(train_loss[39], rel=1e-5)
@@ -91,19 +95,18 @@ def test_bits_per_byte_count_the_bytes_of_the_text(data_dir, tmp_path):
     assert result["bits_per_byte"] == pytest.approx(ignorance, rel=0.1)
 
 
-def test_val_loss_is_the_mean_over_a_fixed_number_of_tokens(data_dir, tmp_path):
-    losses = {B: train(tiny_config(data_dir, tmp_path / str(B), B=B, max_steps=0, val_tokens=1000,
-                                   block_size=64))["val_loss"] for B in (1, 4, 8)}
-    loader = train_gpt2.DataLoaderLite(data_dir, "val", 31, 32, shuffle=False)
+def test_val_loss_is_the_mean_over_val_tokens_for_every_B(data_dir, tmp_path):
+    options = dict(max_steps=0, val_tokens=1000, block_size=64)
+    losses = [train(tiny_config(data_dir, tmp_path / str(B), B=B, **options))["val_loss"]
+              for B in (1, 4, 8)]
     torch.manual_seed(1337)
-    config = tiny_config(data_dir, tmp_path, block_size=64)
-    model = train_gpt2.build_model(config, 300)
-    expected = model(*loader.batch(0))[1].item()  # 1000 // 32 = 31 sequences
-    for loss in losses.values():
-        assert loss == pytest.approx(expected, abs=1e-5)
+    model = build_model(tiny_config(data_dir, tmp_path, **options), 300)
+    loader = DataLoaderLite(data_dir, "val", 31, 32, shuffle=False)  # 1000 // 32 = 31 sequences
+    expected = model(*loader.batch(0))[1].item()
+    assert losses == pytest.approx([expected] * 3, abs=1e-5)
 
 
-def test_accumulation_equals_one_large_batch(data_dir, tmp_path):
+def test_gradient_accumulation_equals_one_large_batch(data_dir, tmp_path):
     for B in (8, 4, 1):
         train(tiny_config(data_dir, tmp_path / str(B), B=B, max_steps=10))
     whole, whole_norm = read_log(tmp_path / "8", "train"), read_log(tmp_path / "8", "norm")
@@ -119,22 +122,21 @@ def test_gradients_are_clipped(data_dir, tmp_path):
     assert clipped["train_loss"] > free["train_loss"]
 
 
-def test_bfloat16_autocast(data_dir, tmp_path):
+def test_bfloat16_autocast_changes_the_loss_a_little(data_dir, tmp_path):
     exact = train(tiny_config(data_dir, tmp_path / "a"))["val_loss"]
     rounded = train(tiny_config(data_dir, tmp_path / "b", dtype="bfloat16"))["val_loss"]
-    assert rounded != exact and rounded == pytest.approx(exact, abs=0.02)
+    assert rounded != exact
+    assert rounded == pytest.approx(exact, abs=0.02)
 
 
-def test_evaluation_does_not_change_training(data_dir, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    tasks.DATA_FILE.parent.mkdir()
-    tasks.DATA_FILE.write_text(
-        '{"ctx": "A man", "endings": ["a", "b", "c", "d"], "label": 0}\n' * 3)
+def test_evaluation_does_not_change_training(data_dir, tmp_path, hellaswag_examples):
+    """Guards against an evaluation, sample, checkpoint or plot that draws from a shared RNG."""
     train(tiny_config(data_dir, tmp_path / "a", eval_every=0, sample_every=0, save_every=0))
     train(tiny_config(data_dir, tmp_path / "b", eval_every=1, sample_every=1, save_every=1,
                       hellaswag_every=1, plot_every=3))
     assert len(read_log(tmp_path / "b", "hella")) == len(read_log(tmp_path / "b", "val")) == 7
-    assert read_log(tmp_path / "a", "train") == read_log(tmp_path / "b", "train")
+    for stream in ("train", "norm"):
+        assert read_log(tmp_path / "a", stream) == read_log(tmp_path / "b", stream)
     a, b = (load_checkpoint(find_checkpoint(tmp_path / name))["model"] for name in "ab")
     assert all(torch.equal(a[name], b[name]) for name in a)
 
@@ -155,10 +157,12 @@ def test_init_from_a_checkpoint(data_dir, log_dir, tmp_path):
         train(tiny_config(data_dir, tmp_path / "c", init_from=str(log_dir), T=64, block_size=64))
 
 
+# -----------------------------------------------------------------------------
 # HellaSwag during training
 
 
-def test_training_goes_on_without_hellaswag(data_dir, tmp_path, capsys, monkeypatch):
+def test_training_goes_on_if_hellaswag_cannot_be_downloaded(
+        data_dir, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HELLASWAG_URL", "http://127.0.0.1:9/none")
     monkeypatch.setattr(tasks.time, "sleep", lambda seconds: None)
@@ -166,21 +170,8 @@ def test_training_goes_on_without_hellaswag(data_dir, tmp_path, capsys, monkeypa
     assert capsys.readouterr().out.count("warning: training goes on without HellaSwag") == 1
 
 
-def test_hellaswag_accuracy_is_logged(data_dir, tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    tasks.DATA_FILE.parent.mkdir()
-    line = '{"ctx": "A man", "endings": ["a", "b", "c", "d"], "label": 0}\n'
-    tasks.DATA_FILE.write_text(line * 8)
+def test_hellaswag_accuracy_is_printed_and_logged(
+        data_dir, tmp_path, capsys, hellaswag_examples):
     train(tiny_config(data_dir, tmp_path, hellaswag_every=3, hellaswag_limit=4))
     assert list(read_log(tmp_path, "hella")) == [0, 3, 6]
     assert re.search(r"HellaSwag accuracy: \d/4=", capsys.readouterr().out)
-
-
-def test_importing_a_module_only_defines(tmp_path):
-    slow = "{'transformers', 'datasets', 'tiktoken', 'tokenizers', 'pyarrow', 'requests', 'torch'}"
-    for modules, expected in (("fineweb", []), (
-            "gpt2lab.pretrained, sample, hellaswag, train_gpt2", ["torch"])):
-        code = f"import sys, {modules}; print(sorted(set(sys.modules) & {slow}))"
-        done = run_script("-c", code, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)})
-        assert done.stdout.strip() == str(expected), done.stderr
-    assert not list(tmp_path.iterdir())
