@@ -17,7 +17,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 
 import numpy as np
 import torch
@@ -29,16 +28,26 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 import fineweb
 import plot
-from gpt2lab import checkpoints, distributed, kernels, optim, parallel, presets, report, shards
-from gpt2lab.cli import UserError, check_ranges, env_rank, option, run_main
+from gpt2lab import (
+    checkpoints,
+    cli,
+    distributed,
+    kernels,
+    lock,
+    optim,
+    parallel,
+    preflight,
+    presets,
+    pretrained,
+    report,
+    scoring,
+    shards,
+    tasks,
+)
+from gpt2lab.cli import UserError, option
 from gpt2lab.device import autocast, paused_gc, pick_dtype, prefetch, set_seed, synchronize
 from gpt2lab.generate import generate
-from gpt2lab.lock import unlocks_log_dir
-from gpt2lab.preflight import report_preflight
-from gpt2lab.pretrained import SkipInit, copy_weights, read_model_config
-from gpt2lab.scoring import summarize_accuracy
 from gpt2lab.signals import Signals
-from gpt2lab.tasks import load_evenly_spaced
 
 # -----------------------------------------------------------------------------
 # the model. Shapes: B sequences of T tokens, C = n_embd, nh heads of size hs = C / nh, V logits
@@ -234,8 +243,8 @@ class GPT(nn.Module):
         """
         path = checkpoints.resolve_checkpoint(source)
         if path is None:
-            model = cls.empty(GPTConfig(**read_model_config(source)))
-            copy_weights(model, source)
+            model = cls.empty(GPTConfig(**pretrained.read_model_config(source)))
+            pretrained.copy_weights(model, source)
         else:
             checkpoint = checkpoints.load_checkpoint(path)
             model = cls.empty(GPTConfig(**checkpoint["model_config"]))
@@ -245,7 +254,7 @@ class GPT(nn.Module):
     @classmethod
     def empty(cls, config):
         """A GPT whose weights are still to be filled in, made without drawing random numbers."""
-        with SkipInit():
+        with pretrained.SkipInit():
             return cls(config)
 
 
@@ -262,13 +271,6 @@ def load(source, device="cpu"):
 # data
 
 
-@lru_cache(maxsize=4)  # around the end of an epoch: two shards, and two orders of the shards
-def permutation(seed, epoch, shard, n):
-    """The numbers below n in an order that belongs to (seed, epoch, shard), uint32."""
-    rng = np.random.default_rng([seed, epoch, shard + 1])
-    return rng.permutation(np.arange(n, dtype=np.uint32))
-
-
 class DataLoaderLite:
     """
     Batches of a split as a pure function of the step, with no state to save or to resume.
@@ -283,11 +285,9 @@ class DataLoaderLite:
                  grad_accum_steps=1):
         self.B, self.T, self.rank, self.world_size = B, T, rank, world_size
         self.seed, self.shuffle, self.grad_accum_steps = seed, shuffle, grad_accum_steps
-        meta = shards.read_meta(data_dir)
-        self.vocab_size = meta["vocab_size"]
+        self.vocab_size = shards.read_meta(data_dir)["vocab_size"]
         self.fingerprint = shards.fingerprint(data_dir)  # tells other data apart on resume
-        totals = meta.get("splits", {}).get(split, {})  # unknown in build-nanogpt's folders
-        self.bytes_per_token = totals["bytes"] / totals["tokens"] if totals.get("bytes") else None
+        self.bytes_per_token = shards.bytes_per_token(data_dir, split)  # None if unknown
         opened = shards.open_split(data_dir, split)  # a damaged shard is found now, not in a day
         # do not keep the memory maps, because every page once read would count as our memory.
         # Remember path, dtype and offset, and read from the file
@@ -301,7 +301,7 @@ class DataLoaderLite:
 
     def _order(self, epoch, shard, n):
         """The order of the n sequences in a shard, or of the n shards (shard -1)."""
-        return permutation(self.seed, epoch, shard, n) if self.shuffle else np.arange(n)
+        return shards.permutation(self.seed, epoch, shard, n) if self.shuffle else np.arange(n)
 
     def _sequence(self, row_id):
         """The T + 1 tokens of one sequence, as stored."""
@@ -389,15 +389,14 @@ class TrainConfig:
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
     dtype: str = option("auto", "of autocast", choices=("auto", "float32", "bfloat16", "float16"))
     compile: bool | None = option(None, "compile the training step (default: on CUDA)")
-    compile_mode: str = option("default", "how hard the compiler tries",
-                             choices=("default", "reduce-overhead", "max-autotune"))
+    compile_mode: str = option("default", "how hard --compile tries", choices=parallel.COMPILE_MODES)
     grad_checkpoint: bool = option(False, "recompute activations: a third slower, far less memory")
     fsdp: bool = option(False, "shard weights, gradients and optimizer over the processes")
     deterministic: bool = option(False, "only kernels that give the same bits every time")
     check: bool = option(False, "print what this machine has and whether the run could start")
 
     def __post_init__(self):
-        check_ranges(self)
+        cli.check_ranges(self)
         if self.T > self.block_size:
             raise UserError(f"--T {self.T} is longer than block_size {self.block_size}: "
                             "lower --T or raise --block_size")
@@ -517,7 +516,8 @@ def setup(config):
     if parallel.uses_cuda_graphs(config, device):
         for p in raw_model.parameters():
             p.grad = torch.zeros_like(p)  # the graphs write to the same memory in every update
-    examples = load_evenly_spaced(config.hellaswag_limit, ranks) if config.hellaswag_every else []
+    limit = config.hellaswag_limit
+    examples = tasks.load_evenly_spaced(limit, ranks) if config.hellaswag_every else []
     run = Run(config=config, ranks=ranks, dtype=dtype, tokenizer=tokenizer,
               train_loader=train_loader, val_loader=val_loader, hellaswag_examples=examples,
               raw_model=raw_model, model=model, optimizer=optimizer, scaler=scaler, log=log)
@@ -584,7 +584,7 @@ def evaluate(run, step, result, signals):
             result["bits_per_byte"] = report.val_loss(run, step, val_loss)
         if hellaswag_due:
             with autocast(ranks.device, run.dtype):
-                line, accuracy = summarize_accuracy(
+                line, accuracy = scoring.summarize_accuracy(
                     model, tokenizer, run.hellaswag_examples, ranks, lambda: signals.stop)
             if distributed.on_any_rank(signals.stop, ranks.device):
                 return True
@@ -642,7 +642,7 @@ def training_step(run, step, batches, signals):
     return loss, norm, finite, stop > 0, save_now > 0
 
 
-@unlocks_log_dir
+@lock.unlocks_log_dir
 def train(config):
     """
     Train a GPT. Returns {"step", "train_loss", "val_loss" (both in nats a token), "bits_per_byte"
@@ -704,9 +704,9 @@ def main():
     Signals.ignore_save_requests()  # there is nothing to save before training starts
     preset, config = presets.parse_command_line(TrainConfig, __doc__)
     if config.check:
-        sys.exit(report_preflight(config, GPTConfig(**presets.model_sizes(config))))
+        sys.exit(preflight.report_preflight(config, GPTConfig(**presets.model_sizes(config))))
     kernels.tune_malloc()
-    if preset == "demo" and config.data_dir == presets.DEMO_DATA and env_rank() == 0:
+    if preset == "demo" and config.data_dir == presets.DEMO_DATA and cli.env_rank() == 0:
         # under torchrun the other ranks wait for this one where they join the process group
         fineweb.prepare(["builtin"], presets.DEMO_DATA, presets.DEMO_TOKENIZER)
     with distributed.naming_lost_ranks(), report.saying_what_saves_memory():
@@ -717,4 +717,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_main(main, output_may_be_lost=True)
+    cli.run_main(main, output_may_be_lost=True)

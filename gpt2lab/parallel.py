@@ -17,6 +17,8 @@ from gpt2lab.cli import UserError, first_line
 from gpt2lab.device import autocast, free_cache
 from gpt2lab.distributed import Ranks, sum_over_ranks
 
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")  # of torch.compile
+
 
 def resolve_compile(config, ranks: Ranks, dtype: torch.dtype) -> bool:
     """

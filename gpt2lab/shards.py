@@ -9,6 +9,7 @@ import json
 import re
 import tokenize
 import zlib
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,12 @@ def read_meta(data_dir: str | Path) -> dict:
         raise UserError(f"{data_dir} is half done: run the same fineweb.py command again to finish "
                         "it")
     return {"tokenizer": "gpt2", "vocab_size": GPT2_VOCAB_SIZE, "eot": GPT2_EOT}
+
+
+def bytes_per_token(data_dir: str | Path, split: str) -> float | None:
+    """UTF-8 bytes of a split's text for each of its tokens; None in build-nanogpt's folders."""
+    totals = read_meta(data_dir).get("splits", {}).get(split, {})
+    return totals["bytes"] / totals["tokens"] if totals.get("bytes") else None
 
 
 def fingerprint(data_dir: str | Path) -> str:
@@ -149,6 +156,16 @@ def open_split(data_dir: str | Path, split: str) -> list[tuple[Path, np.memmap]]
     if missing:
         raise UserError(f"{data_dir} lacks {min(missing)}: bring it back, or make the folder again")
     return shards
+
+
+@lru_cache(maxsize=4)  # around the end of an epoch: two shards, and two orders of the shards
+def permutation(seed: int, epoch: int, shard: int, n: int) -> np.ndarray:
+    """
+    The numbers below n in a random order that belongs to (seed, epoch, shard), uint32. It is the
+    order of the n sequences in a shard, or of the n shards themselves for shard -1.
+    """
+    rng = np.random.default_rng([seed, epoch, shard + 1])
+    return rng.permutation(np.arange(n, dtype=np.uint32))
 
 
 def check_ids(tokens: np.ndarray, vocab_size: int, path: Path) -> None:

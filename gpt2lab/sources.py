@@ -161,7 +161,7 @@ def list_text_files(folder: Path) -> list[Path]:
     left_out: list[Any] = []
     seen = set()  # the real paths of all subfolders, because links can lead in a circle
 
-    def note_unreadable(error):
+    def note_unreadable(error: OSError) -> None:
         left_out.append(error.filename)
 
     for parent, subfolders, names in os.walk(folder, onerror=note_unreadable, followlinks=True):
@@ -320,9 +320,7 @@ def read_file(path: Path, text_column: str, counter: RowCounter,
             counter.rows += 1
             text = row.get(text_column) if isinstance(row, dict) else None
             if isinstance(text, str):
-                if not is_unicode(text):  # JSON can hold lone surrogates
-                    text = text.encode("utf-8", errors="replace").decode("utf-8")
-                yield from cut_into_chunks(text)
+                yield from cut_into_chunks(replace_surrogates(text))
             elif isinstance(row, ValueError):
                 counter.count_bad_row(f"{path}, {where}", str(row))
             else:
@@ -337,13 +335,13 @@ def read_file(path: Path, text_column: str, counter: RowCounter,
         raise UserError(f"{path} {fault} ({first_line(error)}): get it again") from error
 
 
-def is_unicode(text: str) -> bool:
-    """Whether UTF-8 can encode the text, which is not so if it has lone surrogates."""
+def replace_surrogates(text: str) -> str:
+    """The text with "?" for lone surrogates, which JSON can hold, but UTF-8 cannot encode."""
     try:
         text.encode("utf-8")
-        return True
+        return text
     except UnicodeEncodeError:
-        return False
+        return text.encode("utf-8", errors="replace").decode("utf-8")
 
 
 def open_file(path: Path) -> Any:
@@ -508,7 +506,8 @@ def read_csv(path: Path, text_column: str, counter: RowCounter) -> Iterator[tupl
         try:
             check_column(path, text_column, rows.fieldnames or [text_column])
             for row in rows:
-                good = is_unicode(row[text_column] or "")
+                text = row[text_column] or ""
+                good = replace_surrogates(text) == text
                 yield f"line {rows.line_num}", row if good else ValueError("the text is not UTF-8")
         except csv.Error as error:
             raise UserError(f"{path}, after line {rows.line_num}: this is not CSV ({error}). "
@@ -554,7 +553,7 @@ def list_texts(column: Any) -> list[Any]:
     except UnicodeDecodeError:
         pass
 
-    def decode(item):
+    def decode(item: Any) -> Any:
         try:
             value = item.as_py()
             return value.decode("utf-8") if isinstance(value, bytes) else value

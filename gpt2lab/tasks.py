@@ -124,10 +124,10 @@ def iterate_examples(
     that says which line is wrong, and what is wrong with it.
     """
     with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
+        numbered_lines = ((n, line) for n, line in enumerate(file, 1) if line.strip())
+        for number, line in numbered_lines:
             try:
-                if line.strip():  # a blank line is not an example
-                    yield parse_example(line, fields)
+                yield parse_example(line, fields)
             except ValueError as error:
                 raise UserError(f"{path}, line {number} {error}") from error
 

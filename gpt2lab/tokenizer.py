@@ -132,7 +132,7 @@ def load_gpt2() -> Loaded:
                              special_tokens={END_OF_TEXT: GPT2_EOT},
                              explicit_n_vocab=GPT2_VOCAB_SIZE)
 
-    def encode_batch(texts):
+    def encode_batch(texts: Sequence[str]) -> list[np.ndarray]:
         joined = END_OF_TEXT.join(texts)
         if joined.count(END_OF_TEXT) != len(texts) - 1:  # a text contains <|endoftext|>
             return [gpt2.encode_to_numpy(text, disallowed_special=()) for text in texts]
@@ -195,11 +195,11 @@ def load_bpe(tokenizer_json: str) -> Loaded:
         else:  # an added token, which is stored as plain text
             bytes_of_id[i] = token.encode("utf-8")
 
-    def encode_batch(texts):
+    def encode_batch(texts: Sequence[str]) -> list[np.ndarray]:
         encodings = bpe.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
 
-    def decode_bytes(ids):
+    def decode_bytes(ids: Sequence[int]) -> bytes:
         return b"".join(bytes_of_id.get(i, b"") for i in ids)  # some files leave out ids
 
     return encode_batch, decode_bytes, max(bytes_of_id) + 1, bpe.token_to_id(END_OF_TEXT)
@@ -241,14 +241,14 @@ def load_spm(model: str) -> Loaded:
                         "file, or train one with bpe:N") from error
     eot = spm.piece_to_id(END_OF_TEXT)
 
-    def piece_bytes(i):
+    def piece_bytes(i: int) -> bytes:
         piece = spm.id_to_piece(i)
         return bytes([int(piece[3:5], 16)]) if spm.is_byte(i) else piece.encode()  # <0x0A> is \n
 
-    def encode_batch(texts):
+    def encode_batch(texts: Sequence[str]) -> list[np.ndarray]:
         return [np.array(spm.encode(text), dtype=np.uint32) for text in texts]
 
-    def decode_bytes(ids):
+    def decode_bytes(ids: Sequence[int]) -> bytes:
         # U+2581 stands for a space. It is written in bytes if the training text had no space
         return b"".join(map(piece_bytes, ids)).replace("\u2581".encode(), b" ")
 
