@@ -389,7 +389,7 @@ class TrainConfig:
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
     dtype: str = option("auto", "of autocast", choices=("auto", "float32", "bfloat16", "float16"))
     compile: bool | None = option(None, "compile the training step (default: on CUDA)")
-    compile_mode: str = option("default", "how hard --compile tries", choices=parallel.COMPILE_MODES)
+    compile_mode: str = option("default", "how hard compile tries", choices=parallel.COMPILE_MODES)
     grad_checkpoint: bool = option(False, "recompute activations: a third slower, far less memory")
     fsdp: bool = option(False, "shard weights, gradients and optimizer over the processes")
     deterministic: bool = option(False, "only kernels that give the same bits every time")
