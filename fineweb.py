@@ -40,6 +40,7 @@ from gpt2lab.cli import (
     run_main,
 )
 from gpt2lab.files import read_json, sha256, write_atomically, write_json
+from gpt2lab.lock import lock_folder, unlock
 from gpt2lab.shards import (
     FIRST_INDEX,
     FORMAT_VERSION,
@@ -58,6 +59,7 @@ from gpt2lab.tokenizer import Tokenizer, check_spec, make_tokenizer
 
 SAMPLE_BYTES = 100_000_000  # a trained tokenizer learns from at most this much text
 KEPT_BYTES = 100_000_000  # a corpus up to this size is read once, and stays in memory
+MAX_THREADS = 256
 GROUP_CHARS = 1 << 18  # how much text a tokenizer thread gets at a time
 BYTES_PER_TOKEN = 4  # a rough figure for English, used only to tell small corpora from large ones
 COMPRESSION = 4  # compressed text may be this many times as long as its file
@@ -287,7 +289,7 @@ class ShardWriter:
         """An array for the tokens of a shard. Raises UserError if they do not fit into memory."""
         try:
             return np.empty(size, self.dtype)
-        except MemoryError as error:
+        except (MemoryError, ValueError) as error:
             raise UserError(f"a shard of {size:,} tokens does not fit into memory: lower "
                             "--shard_size") from error
 
@@ -438,7 +440,8 @@ def cut_small_corpus(corpus: Corpus, prepare_args: dict, tokenizer: Tokenizer | 
         limit = min(limit, prepare_args["max_tokens"])
     num_bytes = corpus.measure(limit, tokenizer, num_proc)
     if num_bytes == 0:
-        raise UserError("the source holds no text: name another --source")
+        reason = f" ({corpus.kept_messages[0]})" if corpus.kept_messages else ""
+        raise UserError(f"the source holds no text{reason}: name another --source")
     if num_bytes is not None:
         corpus.train_bytes = int(num_bytes * (1 - prepare_args["val_fraction"]))
 
@@ -498,6 +501,8 @@ def prepare(source: Iterable[str | Path], out: str | Path, tokenizer: str | Path
         "tokenizer": str(tokenizer), "shard_size": shard_size, "val_fraction": val_fraction,
         "max_tokens": max_tokens, "world_size": world_size}
     check_arguments(prepare_args)
+    if "" in (*prepare_args["source"], str(out)):
+        raise UserError("neither --source nor --out may be empty")
     out_dir = Path(out)
     check_folder(out_dir, prepare_args)
     if (out_dir / "meta.json").is_file():
@@ -507,16 +512,23 @@ def prepare(source: Iterable[str | Path], out: str | Path, tokenizer: str | Path
     state_file = out_dir / f"in_progress_{rank}.json"
     state = read_json(state_file) if state_file.is_file() else {}
     inputs = find_inputs(prepare_args, [Input(*item) for item in state.get("inputs", [])], out_dir)
-    num_proc = num_proc or available_cpus()
+    num_proc = min(num_proc or available_cpus(), MAX_THREADS)
     # local files are read here, before anything is written, so that bad files leave no folder
     corpus, loaded_tokenizer = open_corpus(inputs, prepare_args, out_dir, num_proc)
     if not state or corpus.train_bytes is not None:  # a small corpus is written from the start
         state = new_state(prepare_args, inputs)
     out_dir.mkdir(parents=True, exist_ok=True)
-    write_json(state_file, state)
-    write_share(corpus, loaded_tokenizer, prepare_args, state, state_file, rank, num_proc,
-                keep_downloads)
-    return finish_folder(out_dir, loaded_tokenizer, prepare_args, keep_downloads)
+    lock_file = out_dir.resolve() / f"in_progress_{rank}.lock"
+    lock_folder(lock_file, "is writing to", "--out")
+    try:
+        check_folder(out_dir, prepare_args)  # another process may have written it meanwhile
+        if not (out_dir / "meta.json").is_file():
+            write_json(state_file, state)
+            write_share(corpus, loaded_tokenizer, prepare_args, state, state_file, rank, num_proc,
+                        keep_downloads)
+        return finish_folder(out_dir, loaded_tokenizer, prepare_args, keep_downloads)
+    finally:
+        unlock(lock_file)
 
 
 def write_share(corpus: Corpus, tokenizer: Tokenizer, prepare_args: dict, state: dict,

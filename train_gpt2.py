@@ -383,8 +383,8 @@ class TrainConfig:
     keep_every: int = option(5000, "keep the checkpoints at multiples of this, too; 0: none")
     print_every: int = option(1, "updates between printed lines; log.txt has them all")
     plot_every: int = option(1000, "updates between drawings of log_dir/loss.png; 0: never")
-    tensorboard: bool = option(False, "what log.txt gets goes to TensorBoard too")
-    wandb: str | None = option(None, "what log.txt gets goes to this wandb project too")
+    tensorboard: bool = option(False, "send the values of log.txt to TensorBoard, too")
+    wandb: str | None = option(None, "send the values of log.txt to this wandb project, too")
     # machine
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
     dtype: str = option("auto", "of autocast", choices=("auto", "float32", "bfloat16", "float16"))
@@ -453,13 +453,7 @@ def build_model(config, vocab_size):
     if not config.init_from:
         return GPT(GPTConfig(**presets.model_sizes(config, vocab_size)))
     model = GPT.from_pretrained(config.init_from)
-    if model.config.vocab_size < vocab_size:
-        raise UserError(f"{config.init_from} knows {model.config.vocab_size} tokens, but the "
-                        f"shards in {config.data_dir} use {vocab_size}: make the shards with the "
-                        "model's tokenizer")
-    if model.config.block_size < config.T:
-        raise UserError(f"--T {config.T} is longer than the block_size of {config.init_from}, "
-                        f"{model.config.block_size}: lower --T")
+    presets.check_init_from(config, model.config, vocab_size)
     return model
 
 
@@ -565,8 +559,8 @@ def evaluate_loss(raw_model, loader, val_tokens, ranks, dtype, stop=lambda: Fals
 def evaluate(run, step, result, signals):
     """
     Run the evaluations due at this step. They use no shared random state, so training is the same
-    with or without them. Returns whether a signal stopped any rank; the resumed run then does what
-    is unfinished.
+    with or without them. Returns whether a signal stopped any rank. The resumed run then repeats
+    the evaluation.
     """
     config, ranks, tokenizer = run.config, run.ranks, run.tokenizer
     val_due = due(config.eval_every, step, config)
@@ -631,7 +625,7 @@ def training_step(run, step, batches, signals):
     for param_group in run.optimizer.param_groups:
         param_group["lr"] = get_lr(step, config)
     loss, norm = torch.stack([loss_accum, norm]).tolist()  # waits for the device, once an update
-    # the norm is the same on all ranks already, because DDP has averaged the gradients
+    # the norm is the same on all ranks: DDP has averaged the gradients, or FSDP has summed the norm
     loss, stop, save_now = distributed.sum_over_ranks([loss, signals.stop, signals.save], device)
     loss /= run.ranks.ddp_world_size
     finite = math.isfinite(loss) and math.isfinite(norm)  # the same on all ranks, too
@@ -656,7 +650,7 @@ def train(config):
     result["checkpoint"] = resumed_from
     start_time, first_t0, bad_steps, stop, save_now = time.perf_counter(), None, 0, False, False
     with Signals() as signals, paused_gc():
-        # one round more than there are updates, so that the last one is evaluated and saved, too
+        # one round more than there are updates, so that the last update is evaluated and saved, too
         for step in range(start_step, config.max_steps + 1):
             # once in a while: a checkpoint (all ranks take part, the master writes), before the
             # evaluation, which takes long and may fail
@@ -704,7 +698,7 @@ def main():
     Signals.ignore_save_requests()  # there is nothing to save before training starts
     preset, config = presets.parse_command_line(TrainConfig, __doc__)
     if config.check:
-        sys.exit(preflight.report_preflight(config, GPTConfig(**presets.model_sizes(config))))
+        sys.exit(preflight.report_preflight(config, GPTConfig, preset))
     kernels.tune_malloc()
     if preset == "demo" and config.data_dir == presets.DEMO_DATA and cli.env_rank() == 0:
         # under torchrun the other ranks wait for this one where they join the process group

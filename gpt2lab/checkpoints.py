@@ -145,6 +145,14 @@ def resolve_checkpoint(source: str | Path) -> Path | None:
     return checkpoint
 
 
+def read_model_config(source: str | Path) -> dict:
+    """Keywords of GPTConfig for a source of GPT.from_pretrained, without reading its weights."""
+    path = resolve_checkpoint(source)
+    if path is None:
+        return pretrained.read_model_config(str(source))
+    return load_checkpoint(path)["model_config"]
+
+
 def list_model_files(source: str | Path) -> list[Path]:
     """The files on this machine that hold a model, so that no output overwrites them."""
     path, folder = resolve_checkpoint(source), Path(source)
@@ -245,7 +253,7 @@ def find_damage(path: str | Path) -> str | None:
 def newest_valid_checkpoint(log_dir: str | Path) -> tuple[Path | None, dict]:
     """
     (path, checkpoint) of the newest undamaged checkpoint in a log folder, (None, {}) if the folder
-    has no checkpoints. Raises UserError if it has some, but all are damaged.
+    has no checkpoints. Raises UserError if every checkpoint in it is damaged.
     """
     paths = list_checkpoints(log_dir)
     for step in sorted(paths, reverse=True):
@@ -316,7 +324,7 @@ def read_checkpoint_to_resume(config: Any, restarted: bool, model_config: dict,
     else:
         path = resolve_checkpoint(config.resume)
         if path is None:
-            raise UserError(f"no checkpoint {config.resume} to resume: name a model_*.pt file")
+            raise UserError(f"{config.resume} is not a checkpoint: name a model_*.pt file")
         checkpoint = load_training_checkpoint(path)
     check_recipe(checkpoint, model_config, recipe, config.resume_anyway)
     if checkpoint["step"] > config.max_steps:

@@ -42,7 +42,8 @@ class OneLineParser(argparse.ArgumentParser):
 def make_parser(docstring: str | None, **options: Any) -> argparse.ArgumentParser:
     """The parser of a script. --help shows the script's docstring with its line breaks."""
     options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
-    return OneLineParser(description=docstring, **options)
+    # no abbreviations, because --max_step would be taken for --max_steps
+    return OneLineParser(description=docstring, allow_abbrev=False, **options)
 
 
 def option(default: Any, help: str, lowest: float = 0, highest: float = 10**12,

@@ -40,8 +40,11 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)  # on a full disk, half a file would take up space
+        if isinstance(error, OSError) and error.filename is None:  # a write does not name its file
+            raise OSError(f"cannot write {path} ({error}): make room on the disk, and give the "
+                          "same command again") from error
         raise
     if os.name == "posix":  # fsync the folder too, so that the rename survives a power failure
         try:

@@ -1,5 +1,6 @@
 """
-Faster and leaner layers for a GPT. The results stay the same, and so do the parameters' names.
+Faster and leaner layers for a GPT with float32 weights, autocast or not. The results stay the same,
+and so do the parameters' names. No target may be -100, F.cross_entropy's ignore_index.
 
 `optimize(model)` swaps three things into the plain model of train_gpt2.py:
 - FastLinear for nn.Linear: float32 matmuls by oneDNN where oneDNN beats MKL (x86 CPUs);
@@ -215,8 +216,8 @@ def chunked_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 def optimize(model: nn.Module) -> None:
     """
-    Swap the layers of this module into a GPT, in place, when the model is on its device. Parameters
-    are shared, so optimizers and checkpoints do not notice. A second call changes nothing.
+    Swap the layers of this module into a GPT, in place, after model.to(device). Parameters are
+    shared, so optimizers and checkpoints do not notice. A second call changes nothing.
     """
     model.linear_cross_entropy = chunked_cross_entropy
     for block in model.transformer.h:

@@ -1,4 +1,4 @@
-"""One run at a time in a log folder, so that two runs never mix their logs and checkpoints."""
+"""One process at a time writes to a folder, so that two never mix their logs or their shards."""
 
 import os
 import socket
@@ -10,8 +10,8 @@ from typing import Any
 
 from gpt2lab.cli import UserError
 
-# {log folder: its lock} for the folders that this process writes. The system releases a lock when
-# its process ends, in whatever way, so that a killed run never leaves one behind
+# {path of the lock file: the lock} of the folders that this process writes. The system releases a
+# lock when its process ends, in whatever way, so that a killed run never leaves one behind
 _locks: dict[Path, Any] = {}
 
 
@@ -21,22 +21,27 @@ def path_of_lock(log_dir: str | Path) -> Path:
 
 
 def lock_log_dir(log_dir: str | Path) -> None:
+    """Keep other processes from training in an existing log folder, as lock_folder does."""
+    lock_folder(path_of_lock(log_dir), "is training in", "--log_dir")
+
+
+def lock_folder(path: Path, does_what: str, flag: str) -> None:
     """
-    Keep other processes from training in an existing log folder. Raises UserError if one does
-    already. Prints a warning if the file system has no locks.
+    Keep other processes from writing to the folder of the lock file `path`. Raises UserError if one
+    does already. Prints a warning if the file system has no locks.
     """
     from filelock import FileLock, Timeout
-    path = path_of_lock(log_dir)
+    folder = path.parent
     if path in _locks:
         return
     lock = FileLock(path, fallback_to_soft=False)  # a soft lock would outlive a killed run
     try:
         lock.acquire(timeout=1)
     except Timeout:
-        raise UserError(f"{read_lock(path)} is training in {log_dir}: give another --log_dir, or "
-                        "wait until it has ended") from None
+        raise UserError(f"{read_lock(path)} {does_what} {folder}: give another {flag}, or wait "
+                        "until it has ended") from None
     except (OSError, NotImplementedError) as error:
-        print(f"warning: {log_dir} cannot be locked ({error}): do not start a second run in it")
+        print(f"warning: {folder} cannot be locked ({error}): do not start a second run in it")
         return
     _locks[path] = lock
     with suppress(OSError):  # Windows refuses to write to a locked file; a disk may be full
@@ -51,9 +56,8 @@ def read_lock(path: Path) -> str:
         return "another process"
 
 
-def unlock_log_dir(log_dir: str | Path) -> None:
-    """Release the lock of a log folder, if this process holds it."""
-    path = path_of_lock(log_dir)
+def unlock(path: Path) -> None:
+    """Release a lock, if this process holds it, and delete its file."""
     if lock := _locks.pop(path, None):
         with suppress(OSError):  # Windows cannot delete a file that is open
             path.unlink()
@@ -67,6 +71,6 @@ def unlocks_log_dir(train: Callable) -> Callable:
         try:
             return train(config)
         finally:
-            unlock_log_dir(config.log_dir)
+            unlock(path_of_lock(config.log_dir))
 
     return train_and_unlock

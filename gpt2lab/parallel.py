@@ -30,8 +30,8 @@ def resolve_compile(config, ranks: Ranks, dtype: torch.dtype) -> bool:
         raise UserError("not all processes have the same B: give --B instead of --preset auto")
     use_compile = ranks.device.type == "cuda" if config.compile is None else config.compile
     if config.optimizer == "muon" and use_compile and config.compile_mode != "default":
-        raise UserError("--optimizer muon drops gradients, but CUDA graphs need them kept: use "
-                        "--compile_mode default")
+        raise UserError("--optimizer muon drops gradients, but CUDA graphs need the gradients kept "
+                        "in the same memory: use --compile_mode default")
     if not config.fsdp:
         return use_compile
     if ranks.ddp_world_size == 1:

@@ -12,13 +12,22 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from gpt2lab.checkpoints import read_model_config
 from gpt2lab.cli import UserError, available_cpus, cgroup_folders
 from gpt2lab.device import pick_dtype
 from gpt2lab.distributed import Ranks, init_distributed, sum_over_ranks
 from gpt2lab.kernels import rows_at_once
 from gpt2lab.parallel import resolve_compile
-from gpt2lab.presets import GIB, check_batch_size, preset_flags
-from gpt2lab.shards import SPLITS, open_split
+from gpt2lab.presets import (
+    DEMO_DATA,
+    GIB,
+    check_batch_size,
+    check_init_from,
+    model_sizes,
+    preset_flags,
+)
+from gpt2lab.shards import SPLITS, open_split, read_meta
+from gpt2lab.tokenizer import GPT2_VOCAB_SIZE
 
 
 def estimate_memory(
@@ -94,9 +103,17 @@ def machine_facts(device: torch.device) -> Iterator[tuple[str, str]]:
     yield "compiler for --compile", os.environ.get("CXX") or compiler or "none: runs uncompiled"
 
 
-def find_problems(config, ranks: Ranks, dtype: torch.dtype) -> list[str]:
-    """What would stop a run of this TrainConfig before its first update, a sentence each."""
-    problems = []
+def find_problems(
+        config, config_class: type, preset: str | None, ranks: Ranks,
+        dtype: torch.dtype) -> tuple[Any, list[str]]:
+    """
+    (the GPTConfig of the model, what would stop a run of this TrainConfig before its first update,
+    a sentence each). `config_class` is GPTConfig.
+    """
+    problems: list[str] = []
+    makes_data = preset == "demo" and config.data_dir == DEMO_DATA  # the demo makes its own data
+    vocab_size = GPT2_VOCAB_SIZE
+    model_config = config_class(**model_sizes(config))
 
     def note_error(check: Callable, *args: Any) -> None:
         try:
@@ -104,23 +121,40 @@ def find_problems(config, ranks: Ranks, dtype: torch.dtype) -> list[str]:
         except UserError as error:
             problems.append(str(error))
 
-    for split in SPLITS:
-        note_error(open_split, config.data_dir, split)
+    def read_vocab_size() -> None:
+        nonlocal vocab_size
+        vocab_size = read_meta(config.data_dir)["vocab_size"]
+
+    def read_model_sizes() -> None:
+        nonlocal model_config
+        if config.init_from:
+            model_config = config_class(**read_model_config(config.init_from))
+            check_init_from(config, model_config, vocab_size)
+        else:
+            model_config = config_class(**model_sizes(config, vocab_size))
+
+    if not makes_data or Path(DEMO_DATA).exists():
+        for split in SPLITS:
+            note_error(open_split, config.data_dir, split)
+        note_error(read_vocab_size)
+    note_error(read_model_sizes)
+    if config.resume not in (None, "newest") and not Path(config.resume).exists():
+        problems.append(f"{config.resume} is not a checkpoint: name a model_*.pt file")
     note_error(check_batch_size, config.B, config.T, config.total_batch_size, ranks.ddp_world_size)
     note_error(resolve_compile, config, ranks, dtype)
-    return problems
+    return model_config, problems
 
 
-def report_preflight(config, model_config) -> int:
+def report_preflight(config, config_class: type, preset: str | None = None) -> int:
     """
     Print what this machine has, what `--preset auto` would choose, and the memory and disk that a
-    run of this TrainConfig and GPTConfig needs. Returns the exit code, the same on every rank: 0,
-    or 2 if the run could not start.
+    run of this TrainConfig needs, which comes from a command line with `preset`. Returns the exit
+    code, the same on every rank: 0, or 2 if the run could not start. `config_class` is GPTConfig.
     """
     ranks = init_distributed(config.device)
     device = ranks.device
     dtype = pick_dtype(config.dtype, device)
-    problems = find_problems(config, ranks, dtype)
+    model_config, problems = find_problems(config, config_class, preset, ranks, dtype)
     memory, checkpoint = estimate_memory(model_config, config, device, dtype, ranks.ddp_world_size)
     free = free_memory(device)
     if free is not None and memory > free:

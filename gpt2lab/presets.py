@@ -1,8 +1,8 @@
 """
 Values for many flags at once: the demo run, and what suits known machines.
 
-A preset for a machine sets B, dtype and compile only. What a run computes does not depend on the
-machine, because another B means more or fewer micro-steps in the same update.
+A preset for a machine sets B, dtype, compile and compile_mode only. What a run computes does not
+depend on the machine, because another B means more or fewer micro-steps in the same update.
 """
 
 import math
@@ -122,6 +122,21 @@ def fit_B(B: int, T: int, total_batch_size: int) -> int:
         print(f"B {B} does not divide the {sequences} sequences of an update on each process: "
               f"B {fitting} instead")
     return fitting
+
+
+def check_init_from(config, model_config, vocab_size: int) -> None:
+    """
+    Raise UserError unless the GPTConfig of --init_from suits a TrainConfig and shards whose token
+    ids are below `vocab_size`.
+    """
+    source = config.init_from
+    if model_config.vocab_size < vocab_size:
+        raise UserError(f"{source} knows {model_config.vocab_size} tokens, but the shards in "
+                        f"{config.data_dir} use {vocab_size}: make the shards with the model's "
+                        "tokenizer")
+    if model_config.block_size < config.T:
+        raise UserError(f"--T {config.T} is longer than the block_size of {source}, "
+                        f"{model_config.block_size}: lower --T")
 
 
 def check_batch_size(B: int, T: int, total_batch_size: int, world_size: int) -> None:

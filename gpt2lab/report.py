@@ -103,7 +103,7 @@ def end(config, result: dict, what_next: str | None) -> int:
         return 0
     how = "stopped by a signal at" if result["stopped"] else "trained to"
     print(f"{how} step {result['step']} in {timedelta(seconds=int(result['seconds']))}, "
-          f"checkpoint: {find_checkpoint(config.log_dir)}")
+          f"checkpoint: {find_checkpoint(config.log_dir) or 'none yet'}")
     if result["checkpoint"] is None and result["step"]:
         print("error: the last checkpoint could not be written: make room and --resume",
               file=sys.stderr)

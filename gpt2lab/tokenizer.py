@@ -346,7 +346,7 @@ def read_tokenizer(path: str | Path) -> Tokenizer:
 
 def check_spec(spec: str) -> None:
     """Raise UserError unless `spec` is gpt2, bpe:N, spm:N or an existing file."""
-    if not (spec == "gpt2" or re.fullmatch(r"(bpe|spm):\d+", spec) or Path(spec).is_file()):
+    if not (spec == "gpt2" or re.fullmatch(r"(bpe|spm):\d{1,8}", spec) or Path(spec).is_file()):
         raise UserError(f"unknown tokenizer {spec!r}: use gpt2, bpe:N (for example bpe:8192), "
                         "spm:N or the path of a trained one")
 

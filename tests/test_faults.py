@@ -22,6 +22,7 @@ import train_gpt2
 from gpt2lab import cli, device, lock, preflight, presets, report
 from gpt2lab.checkpoints import list_checkpoints
 from gpt2lab.cli import EnvRanks, UserError, env_ranks
+from gpt2lab.files import write_atomically
 from train_gpt2 import train
 
 posix_only = pytest.mark.skipif(sys.platform == "win32", reason="Windows has other signals")
@@ -167,7 +168,7 @@ def test_a_run_that_fails_leaves_no_lock(data_dir, log_dir, tmp_path):
         train(tiny_config(data_dir, log_dir, resume="newest", seed=7))
     assert not lock.path_of_lock(log_dir).exists()
     lock.lock_log_dir(log_dir)
-    lock.unlock_log_dir(log_dir)
+    lock.unlock(lock.path_of_lock(log_dir))
 
 
 @pytest.mark.parametrize("name", ["SIGHUP", "SIGXCPU", "SIGUSR2"])
@@ -433,3 +434,51 @@ def test_a_run_that_diverges_says_what_is_saved(
 def test_other_errors_keep_their_traceback():
     with pytest.raises(RuntimeError, match="a bug"), report.saying_what_saves_memory():
         raise RuntimeError("a bug")
+
+
+def test_two_processes_never_write_shards_to_one_folder(text_file, tmp_path):
+    """Guards against a folder whose meta.json describes the shards of another process."""
+    out = tmp_path / "out"
+    out.mkdir()
+    holder = subprocess.Popen(
+        [sys.executable, "-c", "import sys; from pathlib import Path; from gpt2lab import lock; "
+         "lock.lock_folder(Path(sys.argv[1]), 'is writing to', '--out'); print('locked', "
+         "flush=True); sys.stdin.read()", str(out.resolve() / "in_progress_0.lock")], cwd=ROOT,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8")
+    assert holder.stdout.readline() == "locked\n"
+    with pytest.raises(UserError, match=rf"process {holder.pid} on .* is writing to .*--out"):
+        fineweb.prepare([text_file], out, "bpe:300")
+    assert sorted(path.name for path in out.iterdir()) == ["in_progress_0.lock"]
+    holder.communicate("")  # ends, and with it the lock
+    assert fineweb.prepare([text_file], out, "bpe:300")["splits"]["train"]["tokens"] > 0
+    assert not (out / "in_progress_0.lock").exists()
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path):
+    """Guards against a full disk that is reported as "200000 requested and 155584 written"."""
+    def full_disk(file):
+        raise OSError("200000 requested and 155584 written")
+
+    with pytest.raises(OSError, match=r"cannot write .*a\.npy .*make room"):
+        write_atomically(tmp_path / "a.npy", full_disk)
+    assert not list(tmp_path.iterdir())
+
+
+def test_abbreviated_flags_are_refused(call_main):
+    """Guards against a misspelled flag that silently counts as another one."""
+    code, _, err = call_main(train_gpt2, "--max_step", 2)
+    assert code == 2 and "unrecognized arguments: --max_step" in err
+
+
+def test_check_looks_at_the_weights_and_the_checkpoint_to_start_from(
+        call_main, data_dir, log_dir, tmp_path, monkeypatch):
+    """Guards against a --check that promises a run which then ends at once."""
+    flags = [*tiny_flags(), "--data_dir", data_dir, "--log_dir", tmp_path / "log", "--check"]
+    for wrong in ("--init_from", "--resume"):
+        code, out, err = call_main(train_gpt2, *flags, wrong, tmp_path / "nothing")
+        assert code == 2 and "the run could not start" in out and "nothing" in err
+    code, out, _ = call_main(train_gpt2, *flags, "--init_from", log_dir, "--resume")
+    assert code == 0 and "the run can start" in out
+    monkeypatch.chdir(tmp_path)  # the demo makes its own data
+    code, out, _ = call_main(train_gpt2, "--preset", "demo", "--check")
+    assert code == 0 and "the run can start" in out

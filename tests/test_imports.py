@@ -37,7 +37,7 @@ def parse_modules(pattern):
 
 
 SCRIPTS = parse_modules("*.py")
-PACKAGE = parse_modules("gpt2lab/*.py")
+PACKAGE = parse_modules("gpt2lab/**/*.py")
 PRODUCT = SCRIPTS | PACKAGE
 DEV = parse_modules("dev/*.py")
 MODULES = PRODUCT | DEV | parse_modules("tests/*.py")

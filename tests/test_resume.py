@@ -92,7 +92,7 @@ def test_resume_from_a_path_moves_newer_checkpoints_aside(data_dir, tmp_path, ca
     assert list(read_log(tmp_path, "train")) == list(range(6))
     elsewhere = replace(config, log_dir=str(tmp_path / "b"), resume=str(tmp_path))
     assert train(elsewhere)["step"] == 6  # the folder's newest checkpoint is at the last step
-    with pytest.raises(UserError, match="to resume: name a model_"):
+    with pytest.raises(UserError, match=r"nowhere\.pt is not a checkpoint: name a model_"):
         train(replace(config, resume="nowhere.pt"))
 
 
