@@ -28,7 +28,7 @@ from gpt2lab.checkpoints import default_source, list_model_files
 from gpt2lab.cli import UserError, make_parser, run_main
 from gpt2lab.distributed import Ranks, init_distributed, on_master
 from gpt2lab.files import check_output, write_output
-from gpt2lab.scoring import Score, count_correct, score_hellaswag, standard_error
+from gpt2lab.scoring import Score, count_correct, prepare, score_hellaswag, standard_error
 from gpt2lab.tasks import OFFICIAL_FILES, download_on_each_node, iterate_examples
 from train_gpt2 import load
 
@@ -145,6 +145,8 @@ def score_model(args: argparse.Namespace, ranks: Ranks) -> None:
     examples = load_examples(args, ranks)
     model, tokenizer = load(source, ranks.device)
     kernels.optimize(model)
+    prepared = prepare(
+        model, tokenizer, examples, ranks, args.lm_eval_style, args.batch_tokens)
     results, num_correct_norm = [], 0  # of this rank
     share = range(ranks.ddp_rank, len(examples), ranks.ddp_world_size)
     progress = tqdm(total=len(share), unit="ex", desc=f"HellaSwag, {source}",
@@ -158,8 +160,7 @@ def score_model(args: argparse.Namespace, ranks: Ranks) -> None:
         progress.update()
 
     try:
-        score = score_hellaswag(model, tokenizer, examples, ranks, args.lm_eval_style,
-                                args.batch_tokens, on_result)
+        score = score_hellaswag(model, prepared, ranks, on_result)
     except KeyboardInterrupt:
         progress.close()
         if ranks.master_process:  # only its own results, since the other ranks may be gone

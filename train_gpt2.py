@@ -12,7 +12,6 @@ the step, so that a run continues from a checkpoint exactly where it was.
 
 import itertools
 import math
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -42,10 +41,17 @@ from gpt2lab import (
     report,
     scoring,
     shards,
-    tasks,
 )
 from gpt2lab.cli import UserError, option
-from gpt2lab.device import autocast, paused_gc, pick_dtype, prefetch, set_seed, synchronize
+from gpt2lab.device import (
+    autocast,
+    paused_gc,
+    pick_dtype,
+    prefetch,
+    set_allocator_defaults,
+    set_seed,
+    synchronize,
+)
 from gpt2lab.generate import generate
 from gpt2lab.signals import Signals
 
@@ -440,7 +446,7 @@ class Run:
     tokenizer: object  # the gpt2lab.tokenizer.Tokenizer of the data
     train_loader: DataLoaderLite
     val_loader: DataLoaderLite
-    hellaswag_examples: list  # empty if HellaSwag is not evaluated
+    hellaswag_examples: scoring.PreparedExamples | None  # None if HellaSwag is not evaluated
     raw_model: GPT  # owns the weights: it is saved, evaluated and sampled
     model: nn.Module  # raw_model, compiled and in DDP: only for the training step's fixed shapes
     optimizer: torch.optim.Optimizer
@@ -492,7 +498,7 @@ def setup(config):
     kernels.optimize(raw_model)  # the same results, faster and in less memory
     raw_model.grad_checkpoint = config.grad_checkpoint
     if config.fsdp:
-        parallel.apply_fsdp(raw_model, ranks)  # before the optimizer, which then holds the shards
+        parallel.apply_fsdp(raw_model, ranks, dtype)  # before the optimizer, which holds shards
     optimizer = raw_model.configure_optimizers(
         config.weight_decay, config.max_lr, (0.9, config.beta2), config.optimizer,
         verbose=ranks.master_process)
@@ -506,12 +512,8 @@ def setup(config):
     model = wrap_model(raw_model, config, ranks, use_compile)
     if use_compile:
         model = parallel.compile_or_fall_back(
-            model, raw_model, train_loader.batch(start_step), ranks, dtype)
-    if parallel.uses_cuda_graphs(config, device):
-        for p in raw_model.parameters():
-            p.grad = torch.zeros_like(p)  # the graphs write to the same memory in every update
-    limit = config.hellaswag_limit
-    examples = tasks.load_evenly_spaced(limit, ranks) if config.hellaswag_every else []
+            model, raw_model, train_loader.batch(start_step), config, ranks, dtype)
+    examples = scoring.prepare_for_training(raw_model, tokenizer, config, ranks)
     run = Run(config=config, ranks=ranks, dtype=dtype, tokenizer=tokenizer,
               train_loader=train_loader, val_loader=val_loader, hellaswag_examples=examples,
               raw_model=raw_model, model=model, optimizer=optimizer, scaler=scaler, log=log)
@@ -523,13 +525,13 @@ def wrap_model(raw_model, config, ranks, use_compile):
     model = raw_model
     if use_compile:
         mode = None if config.compile_mode == "default" else config.compile_mode
+        # DDP splits the compiled graph at its buckets, to send some gradients while others are
+        # being computed
         model = torch.compile(raw_model, mode=mode)
-        # DDP splits a compiled graph at its buckets, to send some gradients while others are being
-        # computed. A graph that recomputes activations cannot be split
-        torch._dynamo.config.optimize_ddp = not config.grad_checkpoint
     if ranks.ddp_world_size > 1 and not config.fsdp:
         device_ids = [ranks.device.index] if ranks.device.type == "cuda" else None
-        model = DDP(model, device_ids=device_ids)  # averages gradients over the ranks
+        # averages gradients over the ranks, in the memory in which they are sent
+        model = DDP(model, device_ids=device_ids, gradient_as_bucket_view=True)
     return model
 
 
@@ -579,7 +581,7 @@ def evaluate(run, step, result, signals):
         if hellaswag_due:
             with autocast(ranks.device, run.dtype):
                 line, accuracy = scoring.summarize_accuracy(
-                    model, tokenizer, run.hellaswag_examples, ranks, lambda: signals.stop)
+                    model, run.hellaswag_examples, ranks, lambda: signals.stop)
             if distributed.on_any_rank(signals.stop, ranks.device):
                 return True
             ranks.print0(line)
@@ -609,10 +611,13 @@ def training_step(run, step, batches, signals):
     loss_accum = torch.zeros((), device=device)
     for micro_step in range(grad_accum_steps):
         x, y = next(batches)  # (B, T) each
+        last = micro_step == grad_accum_steps - 1
         if isinstance(model, DDP):
             # all-reduce the gradients once an update. DDP reads this flag in forward, so set it
             # before: set after it, every update would lack the first micro-steps' gradients
-            model.require_backward_grad_sync = micro_step == grad_accum_steps - 1
+            model.require_backward_grad_sync = last
+        elif config.fsdp:  # until then every rank holds whole gradients, so not if memory is short
+            model.set_requires_gradient_sync(last or config.grad_checkpoint)
         if cuda_graphs:
             torch.compiler.cudagraph_mark_step_begin()  # the next replay may overwrite outputs
         with autocast(device, run.dtype):
@@ -624,16 +629,15 @@ def training_step(run, step, batches, signals):
     norm = parallel.clip_grad_norm(run.raw_model, config.grad_clip)
     for param_group in run.optimizer.param_groups:
         param_group["lr"] = get_lr(step, config)
-    loss, norm = torch.stack([loss_accum, norm]).tolist()  # waits for the device, once an update
-    # the norm is the same on all ranks: DDP has averaged the gradients, or FSDP has summed the norm
-    loss, stop, save_now = distributed.sum_over_ranks([loss, signals.stop, signals.save], device)
-    loss /= run.ranks.ddp_world_size
-    finite = math.isfinite(loss) and math.isfinite(norm)  # the same on all ranks, too
-    if finite:
-        scaler.step(run.optimizer)
+    numbers = distributed.add_over_ranks([loss_accum, norm, signals.stop, signals.save], device)
+    optim.step_if(numbers.isfinite().all(), run.optimizer, scaler)
     scaler.update()
     run.optimizer.zero_grad(set_to_none=not cuda_graphs)
-    return loss, norm, finite, stop > 0, save_now > 0
+    # wait for the device, once an update, when it has been given all of its work
+    loss, norm, stop, save_now = numbers.tolist()
+    # the norm is the same on all ranks: DDP has averaged the gradients, or FSDP has summed the norm
+    loss, norm = loss / run.ranks.ddp_world_size, norm / run.ranks.ddp_world_size
+    return loss, norm, math.isfinite(loss + norm), stop > 0, save_now > 0
 
 
 @lock.unlocks_log_dir
@@ -649,7 +653,7 @@ def train(config):
     result = dict.fromkeys(("train_loss", "val_loss", "bits_per_byte"))
     result["checkpoint"] = resumed_from
     start_time, first_t0, bad_steps, stop, save_now = time.perf_counter(), None, 0, False, False
-    with Signals() as signals, paused_gc():
+    with Signals(distributed.exit_if_ranks_are_lost) as signals, paused_gc():
         # one round more than there are updates, so that the last update is evaluated and saved, too
         for step in range(start_step, config.max_steps + 1):
             # once in a while: a checkpoint (all ranks take part, the master writes), before the
@@ -693,8 +697,7 @@ def train(config):
 
 def main():
     """The command line: make the demo's data if needed, train, say what to do next."""
-    # read when CUDA starts: growing segments leave fewer holes between evaluation and training
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    set_allocator_defaults()  # before CUDA starts
     Signals.ignore_save_requests()  # there is nothing to save before training starts
     preset, config = presets.parse_command_line(TrainConfig, __doc__)
     if config.check:

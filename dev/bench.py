@@ -1,7 +1,7 @@
 """
 Measures the speeds that this project claims, each beside a peer where there is one, in one run.
 
-    python -m dev.bench             # all of them, twenty minutes
+    python -m dev.bench             # all that this machine can run, twenty minutes without a GPU
     python -m dev.bench data        # text to shards, beside build-nanogpt's way and bare tiktoken
     python -m dev.bench loader      # reading a batch, beside a training step
     python -m dev.bench hellaswag   # examples a second, beside scoring them one by one
@@ -9,6 +9,7 @@ Measures the speeds that this project claims, each beside a peer where there is 
     python -m dev.bench step        # training GPT-2 124M, beside plain PyTorch and Hugging Face
     python -m dev.bench loop        # what an update spends outside of forward and backward
     python -m dev.bench memory      # a long step: seconds and peak memory, beside plain PyTorch
+    python -m dev.bench gpu         # training on a CUDA device, beside plain PyTorch; losses
 
 Start it in the project's root. The speed of a machine drifts, so the contenders take turns, and
 their medians are compared: trust the ratios more than the times. The last line of the output is
@@ -28,6 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -37,6 +39,7 @@ import torch
 
 import fineweb
 import train_gpt2
+from dev.bench_gpu import bench_gpu
 from gpt2lab import kernels, scoring, shards, sources, tasks
 from gpt2lab.cli import make_parser, run_main
 from gpt2lab.device import flops_per_token, prefetch
@@ -394,8 +397,9 @@ class OurScorer(OneByOneScorer):
     def score(self, examples):
         """The summed losses of each example's endings, four each."""
         results = {}
-        scoring.score_hellaswag(self.model, self.tokenizer, examples, Ranks(torch.device("cpu")),
-                                on_result=results.__setitem__)
+        ranks = Ranks(torch.device("cpu"))
+        prepared = scoring.prepare(self.model, self.tokenizer, examples, ranks)
+        scoring.score_hellaswag(self.model, prepared, ranks, on_result=results.__setitem__)
         return [results[i]["loss_sums"] for i in range(len(examples))]
 
 
@@ -438,6 +442,37 @@ def time_scoring(examples, scorers, rates):
     return seconds, np.abs(np.subtract(*sums.values())).max()
 
 
+class FreeModel:
+    """A model that computes nothing, so that scoring with it is the host's work alone."""
+
+    def __init__(self):
+        self.config = train_gpt2.GPTConfig()
+        wte = types.SimpleNamespace(weight=torch.zeros(self.config.padded_vocab_size, 1))
+        self.transformer = types.SimpleNamespace(wte=wte)
+
+    def hidden(self, idx, pos, mask):
+        """Zeros (B, N, 1)."""
+        return torch.zeros(*idx.shape, 1)
+
+    def lm_head(self, rows):
+        """Zeros (n, 1)."""
+        return rows
+
+
+def time_host(examples, count=10_042):
+    """
+    {name: median seconds} to prepare `count` examples, as training does once, and of the host's
+    work in each evaluation of them, in batches for a GPU. `examples` are repeated.
+    """
+    examples = list(itertools.islice(itertools.cycle(examples), count))
+    model, tokenizer, ranks = FreeModel(), Tokenizer("gpt2"), Ranks(torch.device("cpu"))
+    prepare = functools.partial(
+        scoring.prepare, model, tokenizer, examples, ranks, batch_tokens=8192)
+    prepared = prepare()
+    return median_seconds({"prepare": prepare, "evaluation": functools.partial(
+        scoring.score_hellaswag, model, prepared, ranks)})
+
+
 def bench_hellaswag(num_groups=4, size=12):
     """HellaSwag examples a second, beside scoring one example at a time."""
     folder = os.environ.get("GPT2_TEST_DATA")
@@ -460,7 +495,10 @@ def bench_hellaswag(num_groups=4, size=12):
     share = gflop / seconds["now"] / sgemm
     print(f"{ratio:.2f} times as fast, {share:.1%} of sgemm ({sgemm:.0f} GFLOP/s); summed losses "
           f"differ by at most {max(differences):.1e}")
-    return {"examples": n, "ratio": ratio, "share_of_sgemm": share,
+    host = time_host(examples)
+    print(f"the host's work for 10,042 examples in training: {host['prepare']:.1f} s once, "
+          f"{host['evaluation']:.2f} s an evaluation")
+    return {"examples": n, "ratio": ratio, "share_of_sgemm": share, "host_seconds": host,
             "largest_difference": float(max(differences)),
             **{f"examples_per_sec, {name}": n / value for name, value in seconds.items()}}
 
@@ -659,17 +697,20 @@ def bench_loop(num_updates=4):
 # name on the command line: function that prints a table and returns plain values
 BENCHES = {"data": bench_data, "loader": bench_loader, "hellaswag": bench_hellaswag,
            "sample": bench_sample, "step": bench_step, "memory": bench_memory,
-           "loop": bench_loop}
+           "loop": bench_loop, "gpu": bench_gpu}
 
 
 def main():
     """Run one benchmark or all of them."""
     parser = make_parser(__doc__, prog="python -m dev.bench")
     parser.add_argument("name", nargs="?", choices=tuple(BENCHES),
-                        help="the benchmark to run (default: all)")
+                        help="the benchmark to run (default: all; gpu only where there is one)")
     args = parser.parse_args()
+    names = [args.name] if args.name else list(BENCHES)
+    if not args.name and not torch.cuda.is_available():
+        names.remove("gpu")
     results = {}
-    for name in [args.name] if args.name else BENCHES:
+    for name in names:
         print(f"-- {name}", flush=True)
         results[name] = BENCHES[name]()
     print(json.dumps(results))

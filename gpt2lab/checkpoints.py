@@ -86,27 +86,34 @@ def save_run(run: Any, step: int) -> str | None:
     try:
         path = save_checkpoint(
             config.log_dir, step, run.raw_model, run.optimizer, run.scaler, extra)
-        if run.ranks.master_process:
-            prune_checkpoints(config.log_dir, config.keep_last, config.keep_every)
     except OSError as error:  # a full disk may have room again at the next checkpoint
         run.ranks.print0(f"warning: step {step} is not saved, training goes on, and older "
                          f"checkpoints stay: {error}")
         return None
     run.ranks.print0(f"saved {path} in {time.perf_counter() - start:.1f}s")
-    return None if path is None else str(path)
+    if path is None:  # not the master
+        return None
+    prune_checkpoints(config.log_dir, config.keep_last, config.keep_every)
+    return str(path)
 
 
 def prune_checkpoints(log_dir: str | Path, keep_last: int, keep_every: int) -> None:
     """
     Delete all checkpoints but the newest `keep_last` (0: delete none) and those whose step is a
-    multiple of `keep_every` (0: no such exception).
+    multiple of `keep_every` (0: no such exception). Prints a warning for each that cannot be
+    deleted, for example because another process has it open on Windows. The next call tries again.
     """
     if keep_last == 0:
         return
     paths = list_checkpoints(log_dir)
     for step in sorted(paths)[:-keep_last]:
-        if keep_every == 0 or step % keep_every:
-            paths[step].unlink()
+        if keep_every and step % keep_every == 0:
+            continue
+        try:
+            paths[step].unlink(missing_ok=True)
+        except OSError as error:
+            print(f"warning: the old checkpoint {paths[step]} cannot be deleted and stays: "
+                  f"{error.strerror}")
 
 
 # -----------------------------------------------------------------------------

@@ -6,13 +6,16 @@ its random seeds. Every script gets the same answer from here.
 import gc
 import os
 import random
+import re
 import sys
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import numpy as np
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gpt2lab.cli import UserError, available_cpus
 
@@ -46,8 +49,46 @@ def limit_threads(verbose: bool = True) -> None:
                   "OMP_NUM_THREADS overrides it", file=sys.stderr)
 
 
-def pick_device(name: str = "auto") -> torch.device:
-    """The device that a --device flag names, or the best one for "auto". Raises UserError."""
+def runs_on(architecture: str, capability: tuple[int, int]) -> bool:
+    """
+    Whether a GPU of this compute capability (major, minor) runs kernels that were built for an
+    `architecture` of torch.cuda.get_arch_list(): sm_86, sm_90a, compute_120.
+    """
+    parts = re.fullmatch(r"(\w+)_(\d+)(\d)(\w?)", architecture)
+    if parts is None:
+        return True  # a name of another kind, for example ROCm's gfx942, refuses no run
+    kind, major, minor, variant = parts.groups()
+    built_for = (int(major), int(minor))
+    if kind == "compute":  # PTX, which the driver compiles for every newer architecture
+        return built_for <= capability
+    if variant == "a":  # machine code that uses what only this architecture has
+        return built_for == capability
+    return built_for[0] == capability[0] and built_for <= capability
+
+
+def missing_kernels(device: torch.device) -> str | None:
+    """
+    A sentence if this torch has no kernels that the device can run, else None. torch.cuda accepts a
+    GPU of any architecture, and then the first kernel fails.
+    """
+    if device.type != "cuda":
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says in ten lines what is below
+        capability = torch.cuda.get_device_capability(device)
+    architectures = torch.cuda.get_arch_list()  # empty if the build does not say
+    if not architectures or any(runs_on(each, capability) for each in architectures):
+        return None
+    return (f"this torch has no kernels for sm_{capability[0]}{capability[1]}, the architecture of "
+            f"{torch.cuda.get_device_name(device)}, but for {', '.join(architectures)}: "
+            "install another build of torch (docs/machines.md), or add --device cpu")
+
+
+def pick_device(name: str = "auto", need_kernels: bool = True) -> torch.device:
+    """
+    The device that a --device flag names, or the best one for "auto". Raises UserError, also if
+    torch has no kernels for the device, unless `need_kernels` is False.
+    """
     if name == "auto":
         if torch.cuda.is_available():
             name = "cuda"
@@ -64,6 +105,8 @@ def pick_device(name: str = "auto") -> torch.device:
         raise UserError(f"no device {name}: torch sees {count} CUDA devices; use --device auto")
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("no device mps: it takes a Mac with an Apple GPU; use --device auto")
+    if (problem := missing_kernels(device)) and need_kernels:
+        raise UserError(problem)
     return device
 
 
@@ -82,6 +125,18 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
     """A context in which matmuls run in `dtype`. float32 needs no autocast."""
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+
+
+def attention_of_any_shape(device: torch.device) -> AbstractContextManager:
+    """
+    A context for sampling and scoring, in which CUDA's attention costs no preparation for a new
+    shape. On the newest GPUs torch would choose cuDNN, which makes a plan for every new shape, and
+    each sampled token has a new shape. Training has a single shape and keeps torch's choice.
+    """
+    if device.type != "cuda":
+        return nullcontext()
+    return sdpa_kernel(
+        [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
 def synchronize(device: torch.device) -> None:
@@ -110,15 +165,26 @@ def prefetch(batches: Iterator, device: torch.device) -> Iterator:
 # -----------------------------------------------------------------------------
 # model FLOPs utilization (MFU)
 
-# dense 16-bit matmuls with float32 accumulation, in 10^12 operations a second, from the makers'
-# data sheets. The first entry counts whose words are all part of the card's name. None: a part of
-# a card, or a slower card under the same name, whose peak is not known here
+# dense 16-bit matmuls with float32 accumulation, in 10^12 operations a second, from NVIDIA's data
+# sheets and white papers. Another variant of a card (Laptop, D, Ti, MIG) has another peak
 PEAK_TFLOPS = {
-    "Laptop": None, "MIG": None,
-    "B200": 2250, "GH200": 989, "H200 NVL": 835, "H200": 989, "H100 NVL": 835, "H100 PCIe": 756,
-    "H100": 989, "H800": 989, "A100": 312, "A800": 312, "A10": 125, "L40S": 362, "L40": 181,
-    "L4": 121, "RTX 4090": 165, "RTX 3090": 71,
+    "B200": 2250, "B300 SXM6 AC": 2250, "GB200": 2500, "GB300": 2500,
+    "GH200": 989, "H200": 989, "H200 NVL": 835, "H100": 989, "H100 NVL": 835, "H100 PCIe": 756,
+    "H800": 989, "H800 PCIe": 756, "H20": 148,
+    "A100 SXM4": 312, "A100 PCIe": 312, "A800 SXM4": 312, "A800 PCIe": 312,
+    "A40": 150, "A30": 165, "A10": 125, "L40S": 362, "L40": 181, "L20": 119.5, "L4": 121,
+    "V100 SXM2": 125, "V100 PCIe": 112, "V100S PCIe": 130, "T4": 65,
+    "RTX PRO 6000 Blackwell Workstation Edition": 504, "RTX 6000 Ada Generation": 364,
+    "RTX A6000": 155, "RTX 5090": 209.5, "RTX 4090": 165, "RTX 3090": 71,
 }
+# words of a card's name that do not change its peak: the maker, the series, the memory
+NEUTRAL_WORDS = r"NVIDIA|Tesla|GeForce|\d+GB?|HBM3e?"
+
+
+def find_peak_tflops(device_name: str) -> float | None:
+    """The peak of a card by its name in CUDA. None if PEAK_TFLOPS lacks exactly this variant."""
+    words = device_name.replace("PCIE", "PCIe").replace("-", " ").split()
+    return PEAK_TFLOPS.get(" ".join(w for w in words if not re.fullmatch(NEUTRAL_WORDS, w)))
 
 
 def flops_per_token(num_parameters: int, config, T: int) -> int:
@@ -132,10 +198,9 @@ def flops_per_token(num_parameters: int, config, T: int) -> int:
 
 def model_flops_utilization(
         flops_per_sec: float, device_name: str, world_size: int = 1) -> float | None:
-    """The share of the GPUs' peak rate, from 0 to 1. None if PEAK_TFLOPS lacks the card's peak."""
-    words = set(device_name.replace("-", " ").split())
-    peaks = [peak for card, peak in PEAK_TFLOPS.items() if words.issuperset(card.split())]
-    return flops_per_sec / (peaks[0] * 1e12 * world_size) if peaks and peaks[0] else None
+    """The share of the GPUs' peak rate, from 0 to 1. None if the card's peak is not known."""
+    peak = find_peak_tflops(device_name)
+    return None if peak is None else flops_per_sec / (peak * 1e12 * world_size)
 
 
 def format_mfu(
@@ -153,6 +218,19 @@ def format_mfu(
 
 # -----------------------------------------------------------------------------
 # memory
+
+# both set torch's allocator. If both are set, torch reads the second
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+
+
+def set_allocator_defaults() -> None:
+    """
+    Make the memory segments of CUDA expandable, because they leave fewer holes between evaluation
+    and training. This must come before CUDA starts. A user's own settings stay. Other systems than
+    Linux have no expandable segments, and torch would print a warning.
+    """
+    if sys.platform == "linux" and not any(name in os.environ for name in ALLOCATOR_VARIABLES):
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def free_cache(device: torch.device) -> None:

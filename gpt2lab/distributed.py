@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,9 @@ from gpt2lab.device import limit_threads, pick_device
 # how long a rank waits for the others before it gives up. gloo and torchrun notice at once when a
 # process dies; only a process that hangs is waited for this long
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+# how long after SIGTERM a rank may wait for its device before it looks for ranks that died.
+# torchrun kills it after 30 seconds
+BLOCKED_SECONDS = 15.0
 
 
 class Ranks(NamedTuple):
@@ -44,14 +47,14 @@ class Ranks(NamedTuple):
             print(*args, flush=True)
 
 
-def init_distributed(device_name: str) -> Ranks:
+def init_distributed(device_name: str, need_kernels: bool = True) -> Ranks:
     """
     Join the process group if the environment says that there are several processes. Raises
-    UserError.
+    UserError. One process also gets a GPU for which torch has no kernels, if not `need_kernels`.
     """
     ddp_rank, ddp_local_rank, ddp_world_size = env_ranks()
     limit_threads(verbose=ddp_rank == 0)
-    device = pick_device(device_name)
+    device = pick_device(device_name, need_kernels or ddp_world_size > 1)  # NCCL needs kernels
     if ddp_world_size == 1:
         return Ranks(device)
     if device.type == "mps":
@@ -88,20 +91,38 @@ def fresh_store() -> dist.Store | None:
     env = os.environ
     if env.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or env["GROUP_WORLD_SIZE"] != "1":
         return None
-    store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False)
+    # torch for Windows is built without libuv. torch's default store takes this into account
+    store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False,
+                          use_libuv=os.name != "nt")
     return dist.PrefixStore(f"attempt_{env['TORCHELASTIC_RESTART_COUNT']}", store)
 
 
+def add_over_ranks(
+        values: Sequence[float | torch.Tensor], device: torch.device) -> torch.Tensor:
+    """
+    The elementwise sum over all ranks of a list of numbers and of scalars on the device. The sums
+    are one tensor (len(values)) on the device, for which this function does not wait. Callers
+    divide by the world size where they want a mean, because gloo can add but not average.
+    """
+    dtype = torch.float64 if dist.is_initialized() else torch.float32  # MPS has no float64
+    total = torch.tensor([0.0 if isinstance(value, torch.Tensor) else value for value in values],
+                         dtype=dtype)
+    if device.type == "cuda":
+        total = total.pin_memory()  # a copy from other memory would wait for the device
+    total = total.to(device, non_blocking=True)
+    for i, value in enumerate(values):
+        if isinstance(value, torch.Tensor):
+            total[i] = value
+    if dist.is_initialized():
+        dist.all_reduce(total, op=dist.ReduceOp.SUM)
+    return total
+
+
 def sum_over_ranks(values: Sequence[float], device: torch.device) -> list[float]:
-    """
-    The elementwise sum of a list of numbers over all ranks. Callers divide by the world size where
-    they want a mean, because gloo can add but not average.
-    """
+    """The elementwise sum of a list of numbers over all ranks."""
     if not dist.is_initialized():
         return list(values)
-    total = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(total, op=dist.ReduceOp.SUM)
-    return total.tolist()
+    return add_over_ranks(values, device).tolist()
 
 
 def on_any_rank(flag: bool, device: torch.device) -> bool:
@@ -133,24 +154,45 @@ def on_master(ranks: Ranks, function: Callable[[], Any]) -> Any:
 # a rank that died
 
 
-def missing_ranks(wait_seconds: float = 3.0) -> str:
+def find_missing_ranks(wait_seconds: float) -> list[str] | None:
     """
-    Which ranks died, for example "rank 1" or "ranks 1, 3", after a collective has failed. Every
-    survivor sets a key in torchrun's store. A rank whose key is missing after `wait_seconds` is
-    gone. "another process" if the store was on the node that died.
+    The numbers of the ranks that died. Every survivor calls this function, which sets a key in
+    torchrun's store. A rank whose key is missing after `wait_seconds` is gone. None if the store
+    does not answer, because it was on the node that died.
     """
-    world_size, missing = dist.get_world_size(), []
     try:
         store = dist.distributed_c10d._get_default_store()
         store.set(f"alive/{dist.get_rank()}", "1")
         time.sleep(wait_seconds)
-        missing = [str(rank) for rank in range(world_size)
-                   if not store.check([f"alive/{rank}"])]
+        return [str(rank) for rank in range(dist.get_world_size())
+                if not store.check([f"alive/{rank}"])]
     except (RuntimeError, ValueError):
-        pass
-    if not missing:
-        return "another process"
-    return ("rank " if len(missing) == 1 else "ranks ") + ", ".join(missing)
+        return None
+
+
+def exit_for_lost_ranks(missing: list[str] | None, reason: str) -> NoReturn:
+    """Print one line that names the ranks that find_missing_ranks has found, and exit with 1."""
+    names = "another process"
+    if missing:
+        names = ("rank " if len(missing) == 1 else "ranks ") + ", ".join(missing)
+    print(f"rank {dist.get_rank()}: error: lost {names} ({reason:.100}): start again with --resume "
+          "(torchrun --max_restarts=3 does it by itself)", file=sys.stderr, flush=True)
+    os._exit(1)  # an ordinary exit would wait for the process group that lost a rank
+
+
+def exit_if_ranks_are_lost(is_blocked: Callable[[], bool]) -> None:
+    """
+    To be called in a thread after SIGTERM. If ranks are missing and the main thread is still
+    blocked after BLOCKED_SECONDS, name the ranks and exit.
+
+    A collective of NCCL does not fail when a rank dies. It never ends, and the main thread waits
+    for the GPU, so that it neither notices SIGTERM nor raises an error. torchrun sends SIGTERM to
+    the survivors at once, and kills them 30 seconds later.
+    """
+    if dist.is_initialized():
+        missing = find_missing_ranks(BLOCKED_SECONDS)
+        if missing != [] and is_blocked():
+            exit_for_lost_ranks(missing, "it ended, and a collective waits for it")
 
 
 @contextmanager
@@ -166,7 +208,4 @@ def naming_lost_ranks() -> Iterator[None]:
         # torchrun sends SIGTERM to the survivors at once. Ignore it until the line is printed
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         reason = message.splitlines()[0].split("] ", 1)[-1]  # without the line of gloo's source
-        print(f"rank {dist.get_rank()}: error: lost {missing_ranks()} ({reason:.100}): start again "
-              "with --resume (torchrun --max_restarts=3 does it by itself)",
-              file=sys.stderr, flush=True)
-        os._exit(1)  # an ordinary exit would wait for the process group that lost a rank
+        exit_for_lost_ranks(find_missing_ranks(wait_seconds=3), reason)

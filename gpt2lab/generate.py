@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gpt2lab.cli import UserError
+from gpt2lab.device import attention_of_any_shape
 
 # -----------------------------------------------------------------------------
 # the KV cache
@@ -114,6 +115,16 @@ def sample_token(logits: np.ndarray, rng: np.random.Generator, temperature: floa
 # the loop
 
 
+def next_logits(model: Any, idx: Tensor, cache: KVCache, vocab_size: int) -> np.ndarray:
+    """
+    The logits (B, vocab_size) of the token after idx (B, T), float32. The tokens of idx follow
+    those that the cache holds, and are appended to it.
+    """
+    with attention_of_any_shape(idx.device):
+        logits, _ = model(idx, kv_cache=cache, last_only=True)  # (B, 1, V)
+    return logits[:, -1, :vocab_size].float().cpu().numpy()
+
+
 @torch.inference_mode()
 def generate(model: Any, prompt: Sequence[int], eot: int, vocab_size: int, num_samples: int = 1,
              max_new_tokens: int = 64, seed: int = 42, first_sample: int = 0,
@@ -144,8 +155,7 @@ def generate(model: Any, prompt: Sequence[int], eot: int, vocab_size: int, num_s
             cache.length = 0
             windows = [(prompt + samples[i])[-max(block_size // 2, 1):] for i in live]
             idx = torch.tensor(windows, device=device)  # (B, block_size // 2)
-        logits, _ = model(idx, kv_cache=cache, last_only=True)  # (B, 1, V)
-        logits = logits[:, -1, :vocab_size].float().cpu().numpy()  # (B, vocab_size)
+        logits = next_logits(model, idx, cache, vocab_size)  # (B, vocab_size)
         kept_rows = []
         for row, i in enumerate(live):
             # the forward of the prompt has a single row, from which every sample draws

@@ -13,12 +13,15 @@ freed memory in the process.
 
 import ctypes
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 from torch.nn import functional as F
+
+from gpt2lab.cli import env_rank, first_line
 
 # -----------------------------------------------------------------------------
 # matmuls by oneDNN. F.linear calls MKL for float32. PyTorch ships oneDNN, too, which was up to a
@@ -147,7 +150,8 @@ class LeanMLP(nn.Module):
 # are made a chunk of rows at a time
 
 CHUNK_ROWS = 512  # of 50,304 float32 logits: 103 MB. With fewer rows the matmuls become slow
-CUDA_CHUNK_FACTOR = 4  # larger chunks on CUDA, because each one adds to the whole weight gradient
+CUDA_CHUNK_FACTOR = 8  # larger chunks on CUDA, because each one adds to the whole weight gradient
+compile_failures: list[str] = []  # why softmax_gradient could not be compiled, if it could not
 
 
 def rows_at_once(device: torch.device) -> int:
@@ -155,47 +159,127 @@ def rows_at_once(device: torch.device) -> int:
     return CHUNK_ROWS * (CUDA_CHUNK_FACTOR if device.type == "cuda" else 1)
 
 
-class ChunkedCrossEntropyFunction(torch.autograd.Function):
+def softmax_gradient(logits: Tensor, targets: Tensor) -> Tensor:
     """
-    Sum of the cross entropies of the rows of x @ weight.T, in nats.
+    The sum of the cross entropies of the rows of logits (n, V), in nats, float32. The logits are
+    overwritten with their gradient. targets: (n) int64.
 
-    The gradients are computed in forward, while a chunk's logits exist. Backward only multiplies
-    them by the incoming gradient, which is one number, because the loss ends the graph.
+    Compiled for CUDA, this is one kernel that reads the logits twice and writes them once. It never
+    writes float32 values of the size of the logits.
     """
+    log_probs = F.log_softmax(logits, dim=1, dtype=torch.float32)  # (n, V)
+    loss = -log_probs.gather(1, targets[:, None]).sum()
+    # d loss / d logits = probabilities, minus 1 at the target. They are not divided by the number
+    # of rows yet, because float16 would lose what is much smaller than 1. The comparison becomes
+    # part of the kernel; a scatter would not
+    is_target = torch.arange(logits.size(1), device=logits.device) == targets[:, None]  # (n, V)
+    logits.copy_(log_probs.exp() - is_target.float())
+    return loss
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype,
-                with_grad: bool) -> Tensor:
-        loss = torch.zeros((), dtype=torch.float32, device=x.device)
-        W = weight.to(dtype)  # (V, C)
-        grad_x: Any = torch.empty_like(x) if with_grad else None
-        grad_weight: Any = None
-        chunk = rows_at_once(x.device)
-        for start in range(0, len(x), chunk):
-            rows = slice(start, start + chunk)
-            x_rows, y_rows = x[rows].to(dtype), targets[rows, None]  # (n, C), (n, 1)
-            log_probs = F.log_softmax(fast_linear(x_rows, W), dim=1, dtype=torch.float32)  # (n, V)
-            loss -= log_probs.gather(1, y_rows).sum()
-            if with_grad:
-                # d loss / d logits = probabilities, minus 1 at the target. They are not divided by
-                # the number of rows yet, because float16 would lose what is much smaller than 1
-                grad = log_probs.exp_()
-                grad.scatter_add_(1, y_rows, torch.full_like(grad[:, :1], -1))
-                grad = grad.to(dtype)  # (n, V)
-                grad_x[rows] = grad @ W
-                if grad_weight is None:
-                    grad_weight = (grad.T @ x_rows).to(weight.dtype)
-                elif dtype == weight.dtype:
-                    grad_weight.addmm_(grad.T, x_rows)
-                else:
-                    grad_weight += grad.T @ x_rows
-        ctx.save_for_backward(grad_x, grad_weight)
-        return loss
 
-    @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        grad_x, grad_weight = ctx.saved_tensors
-        return grad_x.mul_(grad_loss), grad_weight.mul_(grad_loss), None, None, None
+def softmax_gradient_uncompiled(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """(loss, gradient of the logits) of softmax_gradient, in fewer passes over memory on a CPU."""
+    log_probs = F.log_softmax(logits, dim=1, dtype=torch.float32)  # (n, V)
+    loss = -log_probs.gather(1, targets[:, None]).sum()
+    gradient = log_probs.exp_()
+    gradient.scatter_add_(1, targets[:, None], torch.full_like(gradient[:, :1], -1))
+    return loss, gradient.to(logits.dtype)
+
+
+def compiles_loss(device: torch.device) -> bool:
+    """Whether softmax_gradient is compiled, even if nothing else is. On a CPU that gains nothing"""
+    return device.type == "cuda"
+
+
+@functools.cache
+def compiled_softmax_gradient() -> Callable[[Tensor, Tensor], Tensor]:
+    """softmax_gradient, to be compiled at its first call for each shape."""
+    # a kernel that overwrites its input is slow to autotune, because torch restores the input
+    # before each of a few hundred trials
+    return torch.compile(softmax_gradient, dynamic=False,
+                         options={"triton.autotune_pointwise": False})
+
+
+def differentiate(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """
+    (loss, gradient of the logits) of softmax_gradient by what is fastest on this device. The logits
+    may be overwritten.
+    """
+    if compiles_loss(logits.device) and not compile_failures:
+        try:
+            return compiled_softmax_gradient()(logits, targets), logits
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except Exception as error:  # no C compiler, no Triton, a bug: torch raises many types
+            compile_failures.append(first_line(error))
+            if env_rank() == 0:
+                print(f"warning: the loss is computed uncompiled, which is slower, because "
+                      f"compiling failed: {compile_failures[0]:.200}")
+    return softmax_gradient_uncompiled(logits, targets)
+
+
+def add_matmul(total: Tensor, a: Tensor, b: Tensor, beta: int) -> None:
+    """total = beta * total + a @ b, for a `total` in float32, and a and b in float32 or 16 bits."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b, beta=beta)
+    elif a.device.type == "cuda" and (a.dtype == torch.float16
+                                      or torch.cuda.get_device_capability(a.device) >= (8, 0)):
+        # the matmul adds in float32, so that no product of the size of `total` is written
+        torch.addmm(total, a, b, beta=beta, out_dtype=total.dtype, out=total)
+    elif beta:
+        total += a @ b
+    else:
+        total.copy_(a @ b)
+
+
+def loss_and_gradients(
+        x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """
+    (sum of the cross entropies of the rows of x @ weight.T, its gradients for x and weight), for
+    x (N, C), weight (V, C) in float32 and targets (N) int64. The matmuls run in the dtype of x.
+
+    The gradients are computed here, while a chunk's logits exist. Backward only multiplies them by
+    the incoming gradient, which is one number, because the loss ends the graph.
+    """
+    loss = torch.zeros((), dtype=torch.float32, device=x.device)
+    grad_x, grad_weight = torch.empty_like(x), torch.empty_like(weight)
+    W = weight.to(x.dtype)  # (V, C)
+    chunk = rows_at_once(x.device)
+    for start in range(0, len(x), chunk):
+        rows = slice(start, start + chunk)
+        chunk_loss, grad = differentiate(fast_linear(x[rows], W), targets[rows])  # (), (n, V)
+        loss += chunk_loss
+        torch.mm(grad, W, out=grad_x[rows])
+        add_matmul(grad_weight, grad.T, x[rows], beta=0 if start == 0 else 1)
+        del grad  # before the next chunk's logits are made
+    return loss, grad_x, grad_weight
+
+
+# an operator of its own, because torch.compile would take the loop apart: it made the logits of all
+# chunks first, and kept the weight gradients of all chunks for one sum
+cross_entropy_op = torch.library.custom_op(
+    "gpt2lab::cross_entropy", loss_and_gradients, mutates_args=())
+
+
+@cross_entropy_op.register_fake
+def _(x, weight, targets):
+    return x.new_empty((), dtype=torch.float32), torch.empty_like(x), torch.empty_like(weight)
+
+
+def save_gradients(ctx: Any, inputs: tuple, output: tuple) -> None:
+    """Keep the gradients that cross_entropy_op has computed for cross_entropy_backward."""
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # or zeros of the size of grad_weight would be made
+    ctx.save_for_backward(*output[1:])
+
+
+def cross_entropy_backward(ctx: Any, grad_loss: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    """The gradients of x, weight and targets, given the gradient of the loss, a scalar."""
+    grad_x, grad_weight = ctx.saved_tensors
+    return grad_x.mul_(grad_loss), grad_weight.mul_(grad_loss), None
+
+
+cross_entropy_op.register_autograd(cross_entropy_backward, setup_context=save_gradients)
 
 
 def chunked_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -203,11 +287,17 @@ def chunked_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     The mean of F.cross_entropy(x @ weight.T, targets), in nats a token: x (N, C), weight (V, C),
     targets (N) int64. Under autocast the matmuls run in its dtype.
     """
-    dtype = x.dtype
     if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-    with_grad = torch.is_grad_enabled()
-    return ChunkedCrossEntropyFunction.apply(x, weight, targets, dtype, with_grad) / len(x)
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    if torch.is_grad_enabled():
+        return cross_entropy_op(x, weight, targets)[0] / len(x)
+    loss, W = torch.zeros((), dtype=torch.float32, device=x.device), weight.to(x.dtype)
+    chunk = rows_at_once(x.device)
+    for start in range(0, len(x), chunk):
+        rows = slice(start, start + chunk)
+        log_probs = F.log_softmax(fast_linear(x[rows], W), dim=1, dtype=torch.float32)  # (n, V)
+        loss -= log_probs.gather(1, targets[rows, None]).sum()
+    return loss / len(x)
 
 
 # -----------------------------------------------------------------------------

@@ -48,6 +48,24 @@ def find_adamw8bit(device: torch.device, verbose: bool) -> type[torch.optim.Opti
     return found
 
 
+def step_if(finite: Tensor, optimizer: torch.optim.Optimizer,
+            scaler: torch.amp.GradScaler) -> None:
+    """
+    Step the optimizer, unless `finite`, a bool scalar on the device of the weights, is False.
+    Nothing changes then.
+    """
+    kernel_decides = (type(optimizer) is torch.optim.AdamW and optimizer.defaults["fused"]
+                      and finite.device.type in ("cuda", "cpu") and not scaler.is_enabled())
+    if kernel_decides:
+        # the fused kernel reads the answer by itself, so that the update is on its way to the GPU
+        # before this process waits for any number
+        optimizer.found_inf = (~finite).float()
+        optimizer.step()
+        del optimizer.found_inf
+    elif finite.item():
+        scaler.step(optimizer)
+
+
 def make_muon(raw_model: nn.Module, groups: list[dict], options: dict, verbose: bool) -> "Muon":
     """
     Muon for the matrices inside the blocks of a GPT, AdamW for all other parameters. `groups` are

@@ -4,11 +4,11 @@ fallback, and which options go together.
 """
 
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
@@ -49,15 +49,24 @@ def resolve_compile(config, ranks: Ranks, dtype: torch.dtype) -> bool:
     return False
 
 
-def apply_fsdp(raw_model: nn.Module, ranks: Ranks) -> None:
-    """Shard parameters, gradients and optimizer state over all ranks, block by block, in place."""
+def apply_fsdp(raw_model: nn.Module, ranks: Ranks, dtype: torch.dtype) -> None:
+    """
+    Shard parameters, gradients and optimizer state over all ranks, block by block, in place.
+    `dtype` is that of autocast.
+    """
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     # without a mesh, FSDP would take any accelerator that it finds, even with --device cpu
     mesh = init_device_mesh(ranks.device.type, (ranks.ddp_world_size,))
+    # the matrices of a block are sent in the dtype in which autocast multiplies with them, and
+    # gradients are added in float32
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32,
+                                  cast_forward_inputs=False)
+    # linear layers return views, which torch forbids to change in place. Block never does
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
     for block in raw_model.transformer.h:
-        fully_shard(block, mesh=mesh)
-    fully_shard(raw_model, mesh=mesh)  # the embeddings and the last LayerNorm
+        fully_shard([block.attn, block.mlp], mesh=mesh, mp_policy=policy)
+    fully_shard(raw_model, mesh=mesh)  # the embeddings and the LayerNorms, which stay in float32
 
 
 def unsharded_copy(raw_model: nn.Module, device: torch.device) -> nn.Module:
@@ -65,7 +74,8 @@ def unsharded_copy(raw_model: nn.Module, device: torch.device) -> nn.Module:
     `raw_model` itself if it is not sharded, else an ordinary copy of it on every rank. A sharded
     model runs only if all ranks run it in step, and evaluation does not.
     """
-    if not any(isinstance(p, dist.tensor.DTensor) for p in raw_model.parameters()):
+    from torch.distributed.tensor import DTensor
+    if not any(isinstance(p, DTensor) for p in raw_model.parameters()):
         return raw_model
     copy = raw_model.empty(raw_model.config).to(device)
     kernels.optimize(copy)
@@ -97,28 +107,43 @@ def uses_cuda_graphs(config, device: torch.device) -> bool:
     return compiled and device.type == "cuda" and config.compile_mode != "default"
 
 
+def try_pass(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor], device: torch.device,
+             dtype: torch.dtype) -> None:
+    """One forward and backward pass over a batch (x, y), as in training_step."""
+    x, y = (t.to(device) for t in batch)
+    torch.compiler.cudagraph_mark_step_begin()
+    with autocast(device, dtype):
+        _, loss = model(x, y)
+    loss.backward()
+
+
 def compile_or_fall_back(
         model: nn.Module, raw_model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor],
-        ranks: Ranks, dtype: torch.dtype) -> nn.Module:
+        config, ranks: Ranks, dtype: torch.dtype) -> nn.Module:
     """
-    The model to train: `model`, compiled by one forward and backward pass over a batch (x, y), or
+    The model to train: `model`, compiled by forward and backward passes over a batch (x, y), or
     the uncompiled `raw_model` if compiling failed on any rank. Prints one line that says which.
-    The gradients are dropped.
+    The gradients are dropped; with CUDA graphs they are kept, and are zero.
     """
-    failure = ""
-    x, y = (t.to(ranks.device) for t in batch)
-    start = time.perf_counter()
+    failure, start = "", time.perf_counter()
+    cuda_graphs = uses_cuda_graphs(config, ranks.device)
+    if cuda_graphs:
+        for p in raw_model.parameters():
+            p.grad = torch.zeros_like(p)  # the graphs read and write this memory in every update
+    if isinstance(model, DDP):
+        model.require_backward_grad_sync = False  # so that no rank waits for one that failed
+    if config.compile_mode == "max-autotune":
+        from torch._inductor import select_algorithm
+        select_algorithm.PRINT_AUTOTUNE = False  # it prints hundreds of lines, on every rank
     try:
-        if isinstance(model, DDP):
-            model.require_backward_grad_sync = False  # so that no rank waits for one that failed
-        with autocast(ranks.device, dtype):
-            _, loss = model(x, y)
-        loss.backward()
+        # CUDA graphs are recorded in the second pass and replayed in the third
+        for _ in range(3 if cuda_graphs else 1):
+            try_pass(model, batch, ranks.device, dtype)
     except torch.cuda.OutOfMemoryError:
         raise  # the uncompiled model would run out of memory, too
     except Exception as error:  # no C compiler, no Triton, a bug: torch raises many types
         failure = first_line(error)
-    raw_model.zero_grad(set_to_none=True)
+    raw_model.zero_grad(set_to_none=not cuda_graphs)
     failures = sum_over_ranks([bool(failure)], ranks.device)[0]
     if not failures:
         ranks.print0(f"compiled in {time.perf_counter() - start:.1f}s")
@@ -139,5 +164,6 @@ def clip_grad_norm(raw_model: nn.Module, max_norm: float) -> torch.Tensor:
     Scale the gradients down to a total norm of `max_norm`; 0 leaves them as they are. Returns the
     norm before scaling, a scalar.
     """
+    from torch.distributed.tensor import DTensor
     norm = nn.utils.clip_grad_norm_(raw_model.parameters(), max_norm or float("inf"))
-    return norm.full_tensor() if isinstance(norm, dist.tensor.DTensor) else norm
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm

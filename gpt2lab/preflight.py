@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.nn.attention import SDPBackend
 
 from gpt2lab.checkpoints import read_model_config
 from gpt2lab.cli import UserError, available_cpus, cgroup_folders
-from gpt2lab.device import pick_dtype
+from gpt2lab.device import missing_kernels, pick_dtype
 from gpt2lab.distributed import Ranks, init_distributed, sum_over_ranks
 from gpt2lab.kernels import rows_at_once
 from gpt2lab.parallel import resolve_compile
@@ -29,28 +30,64 @@ from gpt2lab.presets import (
 from gpt2lab.shards import SPLITS, open_split, read_meta
 from gpt2lab.tokenizer import GPT2_VOCAB_SIZE
 
+PROCESS_BYTES = 350_000_000  # of Python and torch in a process that computes in the host's memory
+
 
 def estimate_memory(
         model_config, config, device: torch.device, dtype: torch.dtype,
         world_size: int) -> tuple[int, int]:
     """
-    (bytes of memory that a process will need, bytes of a checkpoint), roughly, for a GPTConfig and
-    a TrainConfig.
+    (bytes of memory that a process will need, bytes of a checkpoint) for a GPTConfig and a
+    TrainConfig. docs/machines.md compares it with measured peaks.
     """
-    C, L = model_config.n_embd, model_config.n_layer
-    embeddings = (model_config.padded_vocab_size + model_config.block_size) * C
+    C, L, V = model_config.n_embd, model_config.n_layer, model_config.padded_vocab_size
+    embeddings = (V + model_config.block_size) * C
     parameters = embeddings + L * (12 * C * C + 13 * C) + 2 * C
-    state = 16 * parameters  # weights, gradients and AdamW's two moments, in float32
+    need = activation_memory(model_config, config, device, dtype)
+    need += 4 * V * C  # the loss's gradient of the vocabulary, in float32 until backward ends
     if config.fsdp:
-        state //= world_size
-    width = 4 if dtype == torch.float32 else 2  # bytes of an activation
-    # every layer keeps about 13 values a token and channel for backward: 17 in Korthikanti et al.
-    # 2022 without dropout and attention scores, less 4 of GELU's output, which is recomputed.
-    # With --grad_checkpoint a layer keeps its input, and one layer at a time has all of them
-    kept = L + 13 if config.grad_checkpoint else 13 * L
-    rows = min(rows_at_once(device), config.B * config.T)
-    logits = 3 * rows * model_config.padded_vocab_size * 4
-    return state + config.B * config.T * kept * C * width + logits, 12 * parameters
+        # each process has a part of the weights and of the two moments, and the whole embeddings
+        # from forward to the end of backward. It keeps whole gradients until the last micro-step
+        need += 12 * parameters // world_size + 4 * embeddings
+        need += 4 * parameters // world_size if config.grad_checkpoint else 4 * parameters
+    else:
+        need += 16 * parameters  # weights, gradients and AdamW's two moments, in float32
+        if dtype != torch.float32:
+            need += 2 * L * 12 * C * C  # autocast's copies of the matrices, kept for backward
+        if world_size > 1:
+            need += 4 * parameters  # the buckets in which DDP sends the gradients
+    if device.type != "cuda":
+        need += PROCESS_BYTES
+    return need, 12 * parameters
+
+
+def activation_memory(
+        model_config, config, device: torch.device, dtype: torch.dtype) -> int:
+    """Bytes of activations and logits at the peak of a micro-step, as for estimate_memory."""
+    C, L, V = model_config.n_embd, model_config.n_layer, model_config.padded_vocab_size
+    compiled = device.type == "cuda" if config.compile is None else config.compile
+    width = 4 if dtype == torch.float32 else 2  # bytes of a value that a matmul reads or writes
+    # bytes that a layer keeps for backward, for each token and channel: the residual stream twice,
+    # in float32, and what the matmuls read: both normalised copies of it, query, key, value,
+    # attention's output, and the 4 values in front of GELU. The 4 values behind GELU are
+    # recomputed, but torch.compile keeps them
+    stream = 4
+    layer = 2 * stream + (1 + 1 + 3 + 1 + 4) * width
+    if compiled and not config.fsdp:
+        layer += 4 * width
+    if device.type == "mps":  # attention in training keeps a matrix of (T, T) for each head
+        layer += 4 * model_config.n_head * config.T // C
+    kept = L * (stream if config.grad_checkpoint else layer)
+    # the peak comes when the loss is computed, or when the last layer's backward runs, where the
+    # MLP's gradients in front of GELU and behind it are the largest. With --grad_checkpoint this
+    # layer has been recomputed
+    after_layers = 3 * stream  # the last LayerNorm, and the loss's input and its gradient
+    backward = stream + (1 + 4 + 4) * width + (layer if config.grad_checkpoint else 0)
+    tokens = config.B * config.T
+    logits = min(rows_at_once(device), tokens) * V * (width if device.type == "cuda" else 8)
+    if dtype != torch.float32:
+        logits += V * C * width  # the vocabulary's copy in 16 bits
+    return max(tokens * C * (kept + after_layers) + logits, tokens * C * (kept + backward))
 
 
 def free_memory(device: torch.device) -> int | None:
@@ -83,8 +120,25 @@ def free_in_cgroup(folder: Path) -> float:
     return math.inf
 
 
-def machine_facts(device: torch.device) -> Iterator[tuple[str, str]]:
-    """Yield (name, value) pairs that describe this machine."""
+# torch's kernels for attention
+ATTENTIONS = {SDPBackend.FLASH_ATTENTION: "flash attention", SDPBackend.CUDNN_ATTENTION: "cuDNN's",
+              SDPBackend.EFFICIENT_ATTENTION: "memory-efficient, slower than flash attention",
+              SDPBackend.MATH: "matmuls, slower than flash attention, in more memory"}
+
+
+def attention_in_training(device: torch.device, dtype: torch.dtype) -> str:
+    """The kernel that torch chooses for the attention of a model in training, in words."""
+    # heads of 64 channels, which is GPT-2's size. Nothing is computed with this tensor
+    try:
+        q = torch.empty(1, 1, 128, 64, dtype=dtype, device=device, requires_grad=True)
+    except RuntimeError:  # other processes hold all memory of the GPU
+        return "not known, because no memory of the GPU is free"
+    choice = SDPBackend(torch._fused_sdp_choice(q, q, q, is_causal=True))
+    return ATTENTIONS.get(choice, choice.name)
+
+
+def machine_facts(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, str]]:
+    """Yield (name, value) pairs that describe this machine. `dtype` is that of autocast."""
     yield "system", f"{platform.system()} {platform.release()}, Python {platform.python_version()}"
     yield "torch", torch.__version__
     if device.type == "cuda":
@@ -94,7 +148,7 @@ def machine_facts(device: torch.device) -> Iterator[tuple[str, str]]:
                          f"{properties.total_memory / GIB:.0f} GiB, sm_{capability[0]}"
                          f"{capability[1]}, CUDA {torch.version.cuda}")
         yield "bfloat16", "yes" if capability >= (8, 0) else "no: float16 with loss scaling"
-        yield "flash attention", "yes" if capability >= (8, 0) else "no: a slower kernel"
+        yield "attention", attention_in_training(device, dtype)
     else:
         yield "device", f"{device.type}, {available_cpus()} of {os.cpu_count()} CPUs"
     backends = [name for name in ("nccl", "gloo") if getattr(dist, f"is_{name}_available")()]
@@ -151,11 +205,13 @@ def report_preflight(config, config_class: type, preset: str | None = None) -> i
     run of this TrainConfig needs, which comes from a command line with `preset`. Returns the exit
     code, the same on every rank: 0, or 2 if the run could not start. `config_class` is GPTConfig.
     """
-    ranks = init_distributed(config.device)
+    ranks = init_distributed(config.device, need_kernels=False)
     device = ranks.device
     dtype = pick_dtype(config.dtype, device)
     model_config, problems = find_problems(config, config_class, preset, ranks, dtype)
     memory, checkpoint = estimate_memory(model_config, config, device, dtype, ranks.ddp_world_size)
+    if missing := missing_kernels(device):
+        problems.append(missing)
     free = free_memory(device)
     if free is not None and memory > free:
         problems.append("too little memory: lower --B, or add --grad_checkpoint or --fsdp")
@@ -164,7 +220,7 @@ def report_preflight(config, config_class: type, preset: str | None = None) -> i
     disk = shutil.disk_usage(folder).free
     if disk < 2 * checkpoint:  # a new checkpoint is written before an old one is deleted
         problems.append(f"too little disk for two checkpoints at {folder}: make room")
-    for name, value in machine_facts(device):
+    for name, value in machine_facts(device, dtype):
         ranks.print0(f"{name}: {value}")
     flags = ", ".join(f"{name} {value}" for name, value in preset_flags("auto").items())
     ranks.print0(f"--preset auto: {flags}")

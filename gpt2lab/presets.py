@@ -24,15 +24,32 @@ RUN_PRESETS: dict[str, dict] = {
         sample_every=0, sample_prompt="", save_every=1_300, print_every=100, device="cpu",
         dtype="float32"),
 }
-# people have reported the 124M run on one GPU with each of the first five; the last three are
-# careful guesses
+GIB = 2**30
+
+
+def fit_B_to_gpu(total_memory: float) -> int:
+    """
+    The largest power of two of sequences of 1,024 tokens with which GPT-2 124M, compiled and in 16
+    bits, leaves a tenth of a GPU's memory in bytes free. Powers of two divide the default update.
+    """
+    # the two numbers are those of measured peaks, in docs/machines.md: a sequence adds 0.347 GB
+    sequences = (0.9 * total_memory - 2.89e9) / 0.347e9
+    return 2 ** int(math.log2(max(sequences, 1)))
+
+
+def gpu_preset(memory_gib: float, compile_mode: str, dtype: str = "bfloat16") -> dict:
+    """Values for a GPU on which CUDA sees this much memory in GiB."""
+    return dict(B=fit_B_to_gpu(memory_gib * GIB), dtype=dtype, compile=True,
+                compile_mode=compile_mode)
+
+
 MACHINE_PRESETS: dict[str, dict] = {
-    "a100-40g": dict(B=48, dtype="bfloat16", compile=True, compile_mode="reduce-overhead"),
-    "a100-80g": dict(B=64, dtype="bfloat16", compile=True, compile_mode="reduce-overhead"),
-    "5090": dict(B=48, dtype="bfloat16", compile=True, compile_mode="max-autotune"),
-    "4090": dict(B=32, dtype="bfloat16", compile=True, compile_mode="max-autotune"),
-    "t4": dict(B=8, dtype="float16", compile=False),
-    "h100": dict(B=64, dtype="bfloat16", compile=True, compile_mode="reduce-overhead"),
+    "a100-40g": gpu_preset(39.4, "reduce-overhead"),
+    "a100-80g": gpu_preset(79.1, "reduce-overhead"),
+    "5090": gpu_preset(31.3, "max-autotune"),
+    "4090": gpu_preset(23.5, "max-autotune"),
+    "t4": gpu_preset(14.6, "default", dtype="float16"),
+    "h100": gpu_preset(79.1, "reduce-overhead"),
     "mps": dict(B=4, dtype="float32", compile=False),
     "cpu": dict(B=4, dtype="float32", compile=False),
 }
@@ -43,7 +60,6 @@ MODEL_SIZES: dict[str, dict] = {
     "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),  # 1558M
 }
 PRESET_NAMES = (*RUN_PRESETS, "auto", *MACHINE_PRESETS)
-GIB = 2**30
 
 AFTER_THE_DEMO = """\
 next: python sample.py --style creative      # more of what it writes
@@ -84,15 +100,12 @@ def preset_flags(preset: str | None) -> dict:
         return RUN_PRESETS[preset]
     if preset != "auto":
         return MACHINE_PRESETS[preset]
-    device = pick_device()
+    device = pick_device(need_kernels=False)  # --check says what is missing
     if device.type != "cuda":
         return MACHINE_PRESETS[device.type]
     properties = torch.cuda.get_device_properties(device)
     name = name_gpu(properties.name, properties.total_memory)
-    if name is None:
-        # 64 on 80 GiB, and less in proportion
-        return dict(B=max(int(0.8 * properties.total_memory / GIB), 1))
-    return MACHINE_PRESETS[name]
+    return MACHINE_PRESETS[name] if name else dict(B=fit_B_to_gpu(properties.total_memory))
 
 
 def name_gpu(name: str, total_memory: int) -> str | None:

@@ -5,6 +5,9 @@ The four rows of an example begin alike. score_trees computes them as one prefix
 every token is computed once and attends only to its ancestors. score_rows computes every row whole,
 for models that cannot take a prefix tree.
 
+`prepare` turns examples into batches, which score_hellaswag scores. Training prepares the examples
+once and scores them many times.
+
 `model` is a GPT of train_gpt2.py. Its type here is Any, because gpt2lab does not import scripts.
 """
 
@@ -19,8 +22,9 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from gpt2lab.device import attention_of_any_shape
 from gpt2lab.distributed import Ranks, sum_over_ranks
-from gpt2lab.tasks import RenderedExample, render_examples
+from gpt2lab.tasks import RenderedExample, load_evenly_spaced, render_examples
 from gpt2lab.tokenizer import Tokenizer
 
 LOGIT_ROWS_AT_ONCE = 256  # 256 rows of 50,304 float32 logits take 52 MB
@@ -38,46 +42,76 @@ class PrefixTree(NamedTuple):
     tokens: list[int]  # the token of each node
     parents: list[int]  # the node of the token before, -1 at the beginning of a row
     depths: list[int]  # the position in the row
-    scored: list[tuple[int, int, int]]  # (node, next token, row) for each token of each ending
+    scored: np.ndarray  # (S, 3) int32: (node, next token, row) for each token of each ending
 
 
 def build_prefix_tree(example: RenderedExample) -> PrefixTree:
     """The prefix tree of an example, without the last token of each row, which predicts nothing."""
-    tree = PrefixTree([], [], [], [])
+    tokens: list[int] = []
+    parents: list[int] = []
+    depths: list[int] = []
+    scored: list[tuple[int, int, int]] = []
     nodes: dict[tuple[int, int], int] = {}  # (parent, token): node
     for i, (row, num_scored) in enumerate(zip(example.rows, example.num_scored, strict=True)):
         parent = -1
         for depth, (token, next_token) in enumerate(pairwise(row)):
             node = nodes.get((parent, token))
             if node is None:
-                node = nodes[parent, token] = len(tree.tokens)
-                tree.tokens.append(token)
-                tree.parents.append(parent)
-                tree.depths.append(depth)
+                node = nodes[parent, token] = len(tokens)
+                tokens.append(token)
+                parents.append(parent)
+                depths.append(depth)
             if depth + 1 >= len(row) - num_scored:
-                tree.scored.append((node, next_token, i))
+                scored.append((node, next_token, i))
             parent = node
-    return tree
+    return PrefixTree(tokens, parents, depths, np.array(scored, dtype=np.int32).reshape(-1, 3))
 
 
-def collate_trees(trees: Sequence[PrefixTree]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+class TreeBatch(NamedTuple):
     """
-    A batch for GPT.hidden: idx (B, N) int64 and pos (B, N) int64, padded at the right, and mask
-    (B, 1, N, N) bool. mask[b, 0, i, j] is True where node i of tree b attends to node j.
+    B prefix trees of at most N nodes as arrays, with S scored tokens. The logits of a position
+    predict the tokens that follow it in several endings, so there are P <= S positions.
     """
-    # N is a multiple of 8, so that the same shapes come back
-    N = math.ceil(max(1, *(len(tree.tokens) for tree in trees)) / 8) * 8
-    idx, pos = np.zeros((2, len(trees), N), dtype=np.int64)
+
+    idx: np.ndarray  # (B, N) int32, padded at the right
+    pos: np.ndarray  # (B, N) int32, padded at the right
+    mask_bits: np.ndarray  # (B, 1, N, N / 8) uint8: the mask, eight values a byte
+    positions: np.ndarray  # (P) int32, in the flattened idx: where logits are needed
+    inverse: np.ndarray  # (S) int32: which of the positions predicts each scored token
+    targets: np.ndarray  # (S) int32: the scored tokens
+    endings: np.ndarray  # (S) int32: whose ending it is, 4 * tree + row
+
+    def mask(self) -> np.ndarray:
+        """(B, 1, N, N) bool. mask[b, 0, i, j] is True where node i of tree b attends to node j."""
+        return np.unpackbits(self.mask_bits, axis=-1).view(bool)
+
+
+def padded_size(num_nodes: int) -> int:
+    """The nodes of a prefix tree in a batch: a multiple of 8, so that the same shapes come back."""
+    return math.ceil(max(num_nodes, 1) / 8) * 8
+
+
+def collate_trees(trees: Sequence[PrefixTree]) -> TreeBatch:
+    """The batch of some prefix trees."""
+    N = padded_size(max(len(tree.tokens) for tree in trees))
+    idx, pos = np.zeros((2, len(trees), N), dtype=np.int32)
     mask = np.zeros((len(trees), 1, N, N), dtype=bool)
     # every node attends to itself. So does padding, because a softmax over nothing is NaN
     mask[:] = np.eye(N, dtype=bool)
     for i, tree in enumerate(trees):
         idx[i, :len(tree.tokens)] = tree.tokens
         pos[i, :len(tree.tokens)] = tree.depths
+        rows = mask[i, 0]
         for node, parent in enumerate(tree.parents):
             if parent >= 0:
-                mask[i, 0, node] |= mask[i, 0, parent]  # a node attends to all its ancestors
-    return idx, pos, mask
+                rows[node] |= rows[parent]  # a node attends to all its ancestors
+    scored = np.concatenate([tree.scored + np.array([i * N, 0, 4 * i], dtype=np.int32)
+                             for i, tree in enumerate(trees)])  # (S, 3)
+    all_positions, targets, endings = scored.T.copy()
+    # several endings can begin with the same tokens: compute the logits of a position once
+    positions, inverse = np.unique(all_positions, return_inverse=True)
+    return TreeBatch(idx, pos, np.packbits(mask, axis=-1), positions, inverse.astype(np.int32),
+                     targets, endings)
 
 
 # -----------------------------------------------------------------------------
@@ -85,38 +119,29 @@ def collate_trees(trees: Sequence[PrefixTree]) -> tuple[np.ndarray, np.ndarray, 
 
 
 @torch.inference_mode()
-def score_trees(model: Any, batch: Sequence[RenderedExample], device: torch.device,
-                vocab_size: int) -> np.ndarray:
+def score_trees(model: Any, batch: TreeBatch, device: torch.device, vocab_size: int) -> np.ndarray:
     """
     Summed losses (nats) of the endings of B examples, an array (B, 4). `model` must have a GPT's
     `hidden`, which takes positions and a mask.
     """
-    trees = [build_prefix_tree(example) for example in batch]
-    idx, pos, mask = (torch.from_numpy(array).to(device) for array in collate_trees(trees))
-    N = idx.size(1)
-    # for each scored token: the position that predicts it in the flattened batch, its id, and the
-    # number of its ending in the batch
-    scored = [(i * N + node, next_token, 4 * i + row)
-              for i, tree in enumerate(trees) for node, next_token, row in tree.scored]
-    all_positions, all_targets, endings = np.array(scored, dtype=np.int64).reshape(-1, 3).T
-    # several endings can begin with the same tokens: compute the logits of a position once
-    distinct_positions, inverse_index = np.unique(all_positions, return_inverse=True)
-    positions, inverse, targets = (torch.from_numpy(array.copy()).to(device) for array in
-                                   (distinct_positions, inverse_index, all_targets))
-    x = model.hidden(idx, pos=pos, mask=mask).flatten(0, 1)[positions]  # (S, C)
+    mask = torch.from_numpy(batch.mask()).to(device)  # (B, 1, N, N)
+    idx, pos, positions, inverse, targets = (
+        torch.from_numpy(array).to(device).long()
+        for array in (batch.idx, batch.pos, batch.positions, batch.inverse, batch.targets))
+    x = model.hidden(idx, pos=pos, mask=mask).flatten(0, 1)[positions]  # (P, C)
     # -log softmax(logits)[target] = logsumexp(logits) - logits[target]
     logsumexps = torch.cat([model.lm_head(rows)[:, :vocab_size].float().logsumexp(1)
-                            for rows in x.split(LOGIT_ROWS_AT_ONCE)])  # (S)
+                            for rows in x.split(LOGIT_ROWS_AT_ONCE)])  # (P)
     target_logits = (x[inverse].float() * model.transformer.wte.weight[targets].float()).sum(1)
-    losses = (logsumexps[inverse] - target_logits).cpu().numpy()
-    return np.bincount(endings, losses, minlength=4 * len(trees)).reshape(-1, 4)
+    losses = (logsumexps[inverse] - target_logits).cpu().numpy()  # (S)
+    return np.bincount(batch.endings, losses, minlength=4 * len(idx)).reshape(-1, 4)
 
 
 @torch.inference_mode()
 def score_rows(model: Any, batch: Sequence[RenderedExample], device: torch.device,
                vocab_size: int) -> np.ndarray:
     """
-    The same losses as score_trees, for any `model` with `model(idx).logits`. Every row is computed
+    The losses of score_trees, for any `model` with `model(idx).logits`. Every row is computed
     whole, with logits at every position.
     """
     rows = [row for example in batch for row in example.rows]
@@ -151,6 +176,72 @@ def group_by_size(sizes: Sequence[int], batch_tokens: int) -> list[list[int]]:
 
 
 # -----------------------------------------------------------------------------
+# examples in batches
+
+
+class Question(NamedTuple):
+    """What make_result needs of an example, besides the losses of its endings."""
+
+    number: int  # its place among the examples of all ranks
+    ind: int  # its number in the official file
+    label: int | None  # the right ending, None if unknown
+    num_tokens: list[int]  # how many tokens of each ending are scored
+    norm_lengths: list[int]  # acc_norm divides the summed loss of each ending by these
+    truncated: bool  # whether a context lost its left part
+
+
+class PreparedExamples(NamedTuple):
+    """
+    The examples of one rank in batches. All 10,042 official examples take 90 MB on one rank, for a
+    GPT and the gpt2 tokenizer.
+    """
+
+    batches: list[tuple[list[Question], TreeBatch | list[RenderedExample]]]
+    vocab_size: int  # of the tokenizer
+
+
+def prepare(model: Any, tokenizer: Tokenizer, examples: Sequence[dict], ranks: Ranks,
+            lm_eval_style: bool = False, batch_tokens: int | None = None) -> PreparedExamples:
+    """
+    Prepare this rank's share of the examples for score_hellaswag, in batches of at most
+    `batch_tokens` tokens. Rank r scores the examples r, r + world_size, r + 2 world_size, ...
+
+    The batches suit any model of the class and block_size of `model`.
+    """
+    if batch_tokens is None:  # enough for two CPU cores or a GPU, in less than 1 GB
+        batch_tokens = 1024 if ranks.device.type == "cpu" else 8192
+    block_size = getattr(model.config, "block_size", None) or model.config.n_positions
+    numbers = range(ranks.ddp_rank, len(examples), ranks.ddp_world_size)
+    rendered = render_examples(
+        [examples[number] for number in numbers], tokenizer, block_size, lm_eval_style)
+    questions = [make_question(number, examples[number], rendering)
+                 for number, rendering in zip(numbers, rendered, strict=True)]
+    if hasattr(model, "hidden"):
+        trees = [build_prefix_tree(example) for example in rendered]
+        groups = group_by_size([padded_size(len(tree.tokens)) for tree in trees], batch_tokens)
+        inputs: list = [collate_trees([trees[i] for i in group]) for group in groups]
+    else:  # with 1,024 tokens, the logits take 200 MB
+        sizes = [4 * max(map(len, example.rows)) for example in rendered]
+        groups = group_by_size(sizes, min(batch_tokens, 1024))
+        inputs = [[rendered[i] for i in group] for group in groups]
+    batches = [([questions[i] for i in group], batch)
+               for group, batch in zip(groups, inputs, strict=True)]
+    return PreparedExamples(batches, tokenizer.vocab_size)
+
+
+def prepare_for_training(model: Any, tokenizer: Tokenizer, config: Any,
+                         ranks: Ranks) -> PreparedExamples | None:
+    """
+    The HellaSwag examples that a TrainConfig asks for, prepared for its evaluations. None, on every
+    rank, if hellaswag_every is 0 or the official file cannot be downloaded.
+    """
+    if not config.hellaswag_every:
+        return None
+    examples = load_evenly_spaced(config.hellaswag_limit, ranks)
+    return prepare(model, tokenizer, examples, ranks) if examples else None
+
+
+# -----------------------------------------------------------------------------
 # accuracy
 
 
@@ -169,20 +260,24 @@ def standard_error(num_correct: int, total: int) -> float:
     return math.sqrt(p * (1 - p) / total)
 
 
-def make_result(example: dict, number: int, rendered: RenderedExample,
-                loss_sums: np.ndarray) -> dict:
-    """
-    The result of example `number`, a dict of plain values: ind, label (None if unknown), the
-    predictions pred (of acc) and pred_norm (of acc_norm), loss_sums (nats) and num_tokens of the
-    four endings, and truncated.
-    """
+def make_question(number: int, example: dict, rendered: RenderedExample) -> Question:
+    """The Question for example `number`, which has a label or none."""
     label = example.get("label")
-    return {"ind": example.get("ind", number),
-            "label": int(label) if label not in (None, "") else None,
-            "pred": int(np.argmin(loss_sums)),
-            "pred_norm": int(np.argmin(loss_sums / rendered.norm_lengths)),
-            "loss_sums": loss_sums.tolist(), "num_tokens": rendered.num_scored,
-            "truncated": rendered.truncated}
+    return Question(number, example.get("ind", number),
+                    int(label) if label not in (None, "") else None,
+                    rendered.num_scored, rendered.norm_lengths, rendered.truncated)
+
+
+def make_result(question: Question, loss_sums: np.ndarray) -> dict:
+    """
+    The result of a question, a dict of plain values: ind, label (None if unknown), the predictions
+    pred (of acc) and pred_norm (of acc_norm), loss_sums (nats) and num_tokens of the four endings,
+    and truncated.
+    """
+    return {"ind": question.ind, "label": question.label, "pred": int(np.argmin(loss_sums)),
+            "pred_norm": int(np.argmin(loss_sums / question.norm_lengths)),
+            "loss_sums": loss_sums.tolist(), "num_tokens": question.num_tokens,
+            "truncated": question.truncated}
 
 
 def count_correct(results: Sequence[dict]) -> Score:
@@ -196,54 +291,40 @@ def count_correct(results: Sequence[dict]) -> Score:
 
 
 def score_hellaswag(
-        model: Any, tokenizer: Tokenizer, examples: Sequence[dict], ranks: Ranks,
-        lm_eval_style: bool = False, batch_tokens: int | None = None,
+        model: Any, prepared: PreparedExamples, ranks: Ranks,
         on_result: Callable[[int, dict], Any] | None = None,
         stop: Callable[[], bool] = lambda: False) -> Score:
     """
-    The Score of a model over the examples of all ranks. `model` is a GPT, or any model with
-    `model(idx).logits`. Rank r scores the examples r, r + world_size, r + 2 world_size, ...
+    The Score of a model over the examples that all ranks have prepared. `model` is a GPT, or any
+    model with `model(idx).logits`.
 
     `on_result(number, result)` is called for every example of this rank, in a mixed order, with
     what make_result returns. If `stop()` returns true, the remaining examples are not scored.
     """
-    if batch_tokens is None:  # enough for two CPU cores or a GPU, in less than 1 GB
-        batch_tokens = 1024 if ranks.device.type == "cpu" else 8192
-    block_size = getattr(model.config, "block_size", None) or model.config.n_positions
-    numbers = range(ranks.ddp_rank, len(examples), ranks.ddp_world_size)  # this rank's examples
-    rendered = render_examples(
-        [examples[number] for number in numbers], tokenizer, block_size, lm_eval_style)
-    if hasattr(model, "hidden"):
-        score_batch = score_trees
-        sizes = [len(build_prefix_tree(example).tokens) for example in rendered]
-    else:
-        score_batch = score_rows
-        sizes = [4 * max(map(len, example.rows)) for example in rendered]
-        batch_tokens = min(batch_tokens, 1024)  # their logits take 200 MB
+    score_batch: Callable = score_trees if hasattr(model, "hidden") else score_rows
     results = []
-    for batch in group_by_size(sizes, batch_tokens):
+    for questions, batch in prepared.batches:
         if stop():
             break
-        loss_sums = score_batch(
-            model, [rendered[i] for i in batch], ranks.device, tokenizer.vocab_size)  # (B, 4)
-        for i, ending_sums in zip(batch, loss_sums, strict=True):
-            number = numbers[i]
-            result = make_result(examples[number], number, rendered[i], ending_sums)
+        with attention_of_any_shape(ranks.device):
+            loss_sums = score_batch(model, batch, ranks.device, prepared.vocab_size)  # (B, 4)
+        for question, ending_sums in zip(questions, loss_sums, strict=True):
+            result = make_result(question, ending_sums)
             results.append(result)
             if on_result:
-                on_result(number, result)
+                on_result(question.number, result)
     return Score(*(int(total) for total in sum_over_ranks(count_correct(results), ranks.device)))
 
 
 def summarize_accuracy(
-        model: Any, tokenizer: Tokenizer, examples: Sequence[dict], ranks: Ranks,
+        model: Any, prepared: PreparedExamples, ranks: Ranks,
         stop: Callable[[], bool] = lambda: False) -> tuple[str, float]:
     """
     (line to print, acc_norm) of a model over the examples of all ranks. Without a meaning if
     `stop()` ends it early.
     """
     start = time.perf_counter()
-    score = score_hellaswag(model, tokenizer, examples, ranks, stop=stop)
+    score = score_hellaswag(model, prepared, ranks, stop=stop)
     total, correct = max(score.total, 1), score.num_correct_norm
     line = (f"HellaSwag accuracy: {correct}/{total}={correct / total:.4f} | standard error "
             f"{standard_error(correct, total):.4f} | {time.perf_counter() - start:.1f}s")

@@ -4,8 +4,10 @@ SIGUSR1 to save and continue.
 """
 
 import signal
+import socket
 import threading
 import time
+from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -25,12 +27,17 @@ class Signals:
     """
     A context manager that records signals instead of acting on them. The training loop reads `stop`
     and `save` between updates. A second Ctrl-C raises KeyboardInterrupt at once.
+
+    After SIGTERM, a thread calls `when_terminated(is_blocked)`. `is_blocked()` says whether the
+    main thread has not noticed the signal yet, because it waits for a device.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, when_terminated: Callable[[Callable[[], bool]], None] | None = None) -> None:
         self.stop = self.save = False
+        self._when_terminated = when_terminated
         self._interrupted_at: float | None = None  # time of the first SIGINT, in seconds
         self._previous_handlers: dict[int, Any] = {}
+        self._sockets: tuple[socket.socket, ...] = ()  # the end to read from, the end to write to
 
     @staticmethod
     def ignore_save_requests() -> None:
@@ -47,7 +54,26 @@ class Signals:
                 if number is None or is_ignored_hangup(number):
                     continue
                 self._previous_handlers[number] = signal.signal(number, handler)
+            if self._when_terminated:
+                self._start_watching()
         return self
+
+    def _start_watching(self) -> None:
+        """Start the thread that waits for SIGTERM. It ends with the process."""
+        # a handler runs in the main thread, and only between two steps of Python. The number of the
+        # signal, however, is written to this socket at once
+        self._sockets = socket.socketpair()
+        for end in self._sockets:
+            end.setblocking(end is self._sockets[0])
+        signal.set_wakeup_fd(self._sockets[1].fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self) -> None:
+        while (received := self._sockets[0].recv(1)) != bytes([signal.SIGTERM]):
+            if not received:  # closed
+                return
+        assert self._when_terminated
+        self._when_terminated(lambda: not self.stop)
 
     def __exit__(self, error_type: type[BaseException] | None, error: BaseException | None,
                  traceback: TracebackType | None) -> None:
@@ -55,6 +81,9 @@ class Signals:
         # of Ctrl-C, keep our SIGINT handler installed until the process ends
         stops_by_interrupt = (self.stop and self._interrupted_at is not None
                               and error_type is None)
+        if self._sockets:
+            signal.set_wakeup_fd(-1)
+            self._sockets[1].close()  # ends the thread
         for number, handler in self._previous_handlers.items():
             if not (number == signal.SIGINT and stops_by_interrupt):
                 signal.signal(number, handler)

@@ -2,8 +2,11 @@
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import sysconfig
 from dataclasses import asdict
 from pathlib import Path
 from pydoc_data import topics
@@ -20,6 +23,11 @@ from gpt2lab.tokenizer import Tokenizer
 from train_gpt2 import GPT, GPTConfig, TrainConfig, train
 
 ROOT = Path(__file__).resolve().parent.parent
+# on a CPU, torch.compile writes C++ that includes Python's own header
+needs_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, ("g++", "clang++", "cl")))
+    or not Path(sysconfig.get_path("include"), "Python.h").exists(),
+    reason="torch.compile needs a C++ compiler and Python.h")
 
 
 def small_text(chars=60_000):
@@ -69,6 +77,27 @@ def one_thread():
     """
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"  # in the processes that tests start, too
+
+
+@pytest.fixture(scope="session", autouse=True)
+def heed_ctrl_c():
+    """Let processes that tests start heed Ctrl-C, which a shell makes commands with "&" ignore."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=os.name == "nt")
+def skip_where_links_are_forbidden(monkeypatch):
+    """Skip a test that makes a link where Windows does not allow it outside its developer mode."""
+    original = Path.symlink_to
+
+    def symlink_to(link, target):
+        try:
+            original(link, target, target_is_directory=(link.parent / target).is_dir())
+        except OSError as error:
+            pytest.skip(f"links are not allowed: {error}")
+
+    monkeypatch.setattr(Path, "symlink_to", symlink_to)
 
 
 @pytest.fixture(scope="session")
@@ -143,10 +172,10 @@ def call_main(monkeypatch, capsys):
     return call
 
 
-def run_script(*args, cwd=None, env=None, timeout=120):
+def run_script(*args, cwd=None, env=None):
     """Run `python ARGS` as a process of its own; returns the CompletedProcess."""
     return subprocess.run([sys.executable, *map(str, args)], cwd=cwd, capture_output=True,
-                          encoding="utf-8", timeout=timeout, check=False,
+                          encoding="utf-8", timeout=600, check=False,  # ends one that hangs
                           env={**os.environ, "PYTHONUTF8": "1", **(env or {})})
 
 

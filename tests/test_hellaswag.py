@@ -10,12 +10,12 @@ import threading
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, read_log, run_script, tiny_config
+from conftest import ROOT, plain_model, read_log, run_script, tiny_config
 from reference import score_one_by_one
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import hellaswag
-from gpt2lab import scoring, tasks
+from gpt2lab import device, generate, scoring, tasks
 from gpt2lab.cli import UserError
 from gpt2lab.distributed import Ranks
 from gpt2lab.tokenizer import train_bpe
@@ -50,9 +50,9 @@ def examples_file(tmp_path):
 
 def score_examples(model, tokenizer, examples, ranks=None, **options):
     """(Score, results in the order of the examples)."""
-    results = {}
-    score = scoring.score_hellaswag(model, tokenizer, examples, ranks or Ranks(CPU),
-                                    on_result=results.__setitem__, **options)
+    results, ranks = {}, ranks or Ranks(CPU)
+    prepared = scoring.prepare(model, tokenizer, examples, ranks, **options)
+    score = scoring.score_hellaswag(model, prepared, ranks, on_result=results.__setitem__)
     return score, [results[number] for number in sorted(results)]
 
 
@@ -119,18 +119,30 @@ def test_a_prefix_tree_holds_shared_beginnings_once():
     tree = scoring.build_prefix_tree(tasks.RenderedExample(rows, [2, 3, 1, 1], [1] * 4, False))
     assert tree.tokens == [1, 2, 3, 5] and tree.parents == [-1, 0, 1, 2]
     assert tree.depths == [0, 1, 2, 3]
-    assert tree.scored == [(1, 3, 0), (2, 4, 0), (1, 3, 1), (2, 5, 1), (3, 6, 1),
-                           (1, 7, 2), (1, 7, 3)]
+    assert tree.scored.tolist() == [[1, 3, 0], [2, 4, 0], [1, 3, 1], [2, 5, 1], [3, 6, 1],
+                                    [1, 7, 2], [1, 7, 3]]
 
 
 def test_branches_of_a_prefix_tree_do_not_attend_to_each_other():
     tree = scoring.build_prefix_tree(
         tasks.RenderedExample([[1, 2, 4], [1, 3, 4]], [1, 1], [1, 1], False))
-    idx, pos, mask = scoring.collate_trees([tree])
-    assert idx[0].tolist() == [1, 2, 3, 0, 0, 0, 0, 0] and pos[0, :3].tolist() == [0, 1, 1]
-    assert mask[0, 0, :4, :4].tolist() == [
+    batch = scoring.collate_trees([tree])
+    assert batch.idx[0].tolist() == [1, 2, 3, 0, 0, 0, 0, 0]
+    assert batch.pos[0, :3].tolist() == [0, 1, 1]
+    assert batch.mask()[0, 0, :4, :4].tolist() == [
         [True, False, False, False], [True, True, False, False],
         [True, False, True, False], [False, False, False, True]]
+
+
+def test_a_batch_has_no_more_tokens_than_allowed_padding_included(real_data, gpt2_tokenizer):
+    """Guards against many shapes: with B from the sizes before padding, there are more of them."""
+    examples = list(tasks.iterate_examples(real_data / "hellaswag_val_402.jsonl"))
+    prepared = scoring.prepare(plain_model(), gpt2_tokenizer, examples, Ranks(CPU),
+                               batch_tokens=1024)
+    shapes = [batch.idx.shape for _, batch in prepared.batches]
+    assert max(B * N for B, N in shapes) <= 1024
+    # two batches of the same N have the same B, except for the last one of all
+    assert len(set(shapes)) <= len({N for _, N in shapes}) + 1
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4, 7])
@@ -142,6 +154,39 @@ def test_every_example_is_scored_by_exactly_one_rank(log_dir, world_size):
     assert tuple(map(sum, zip(*(score for score, _ in by_rank), strict=True))) == whole
     inds = [result["ind"] for _, results in by_rank for result in results]
     assert sorted(inds) == list(range(6))
+
+
+def test_sampling_and_scoring_on_cuda_leave_cudnn_attention_out(log_dir, monkeypatch):
+    """Guards against cuDNN, which makes a plan for every new shape: one for each sampled token."""
+    model, tokenizer = load(log_dir)
+    allowed, original = [], torch.nn.functional.scaled_dot_product_attention
+
+    def record_backends(*args, **kwargs):
+        allowed.append((cuda.cudnn_sdp_enabled(), cuda.flash_sdp_enabled(),
+                        cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled()))
+        return original(*args, **kwargs)
+
+    def sample():
+        generate.generate(model, [1, 2, 3], tokenizer.eot, tokenizer.vocab_size, max_new_tokens=4)
+
+    def choices(function):
+        allowed.clear()
+        function()
+        return set(allowed)
+
+    cuda = torch.backends.cuda
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", record_backends)
+    functions = (sample, lambda: score_examples(model, tokenizer, EXAMPLES))
+    for function in functions:  # on a CPU nothing changes
+        assert choices(function) == {(True, True, True, True)}
+    # as on CUDA: the model computes on the CPU, but its device is said to be another
+    original_context = device.attention_of_any_shape
+    for module in (generate, scoring):
+        monkeypatch.setattr(module, "attention_of_any_shape",
+                            lambda device: original_context(torch.device("cuda")))
+    for function in functions:
+        assert choices(function) == {(False, True, True, True)}
+    assert cuda.cudnn_sdp_enabled()  # for training
 
 
 def test_standard_error_of_all_10042_examples():
@@ -371,10 +416,14 @@ def test_hellaswag_during_training_leaves_the_training_unchanged(
     monkeypatch.chdir(tmp_path)
     tasks.DATA_FILE.parent.mkdir()
     write_jsonl(tasks.DATA_FILE, EXAMPLES)
+    renderings, render = [], scoring.render_examples
+    monkeypatch.setattr(scoring, "render_examples",
+                        lambda *args: renderings.append(args) or render(*args))
     train(tiny_config(data_dir, tmp_path / "a"))
     train(tiny_config(data_dir, tmp_path / "b", hellaswag_every=1))
     for stream in ("train", "norm"):
         assert read_log(tmp_path / "a", stream) == read_log(tmp_path / "b", stream)
+    assert len(renderings) == 1  # for seven evaluations
     score, _ = score_examples(*load(tmp_path / "b"), EXAMPLES)
     accuracy = read_log(tmp_path / "b", "hella")[6]
     assert accuracy == pytest.approx(score.num_correct_norm / 6, rel=1e-5)

@@ -188,6 +188,9 @@ def only_defines(node):
     """Whether a module-level statement is a definition, import, assignment or __main__ guard."""
     if isinstance(node, ast.If):
         return ast.unparse(node.test) == "__name__ == '__main__'" and not node.orelse
+    if isinstance(node, ast.Expr):  # the gradient of an operator of torch is part of its definition
+        return isinstance(node.value, ast.Call) and ast.unparse(node.value.func).endswith(
+            ".register_autograd")
     return isinstance(node, ast.Import | ast.ImportFrom | ast.FunctionDef | ast.ClassDef
                       | ast.Assign | ast.AnnAssign)
 

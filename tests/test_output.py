@@ -18,14 +18,15 @@ import sample
 from gpt2lab.cli import UserError
 from gpt2lab.files import check_output, write_output
 
-posix_only = pytest.mark.skipif(os.name != "posix", reason="uses /dev/full, pipes and a shell")
+posix_only = pytest.mark.skipif(os.name != "posix", reason="uses pipes and a shell")
 FULL = "/dev/full"  # every write to it fails as on a full disk
+needs_full = pytest.mark.skipif(not os.path.exists(FULL), reason=f"{FULL} is Linux's")
 
 
 def run_shell(command, cwd, **env):
     """Run a command of the shell in which $PYTHON is this Python; returns the CompletedProcess."""
     variables = {"PYTHON": sys.executable, "ROOT": str(ROOT), "PYTHONPATH": str(ROOT)}
-    return subprocess.run(["bash", "-c", command], cwd=cwd, capture_output=True, timeout=120,
+    return subprocess.run(["bash", "-c", command], cwd=cwd, capture_output=True, timeout=600,
                           env={**os.environ, **variables, **env}, check=False)
 
 
@@ -53,7 +54,8 @@ open("finished", "w").close()"""
 
 
 @posix_only
-@pytest.mark.parametrize("lost", [f"> {FULL}", "| head -n 1 > /dev/null", ">&-"])
+@pytest.mark.parametrize("lost", [
+    pytest.param(f"> {FULL}", marks=needs_full), "| head -n 1 > /dev/null", ">&-"])
 def test_work_goes_on_without_stdout_after_one_warning(script, lost):
     """Guards against a training run that a full disk, `| head` or a killed tee ends."""
     folder = script(MANY_LINES, GOES_ON)
@@ -75,7 +77,7 @@ def test_a_script_whose_reader_has_gone_ends_quietly(script):
 @posix_only
 @pytest.mark.parametrize("body", ["print('a result')", "import argparse\nargparse.ArgumentParser("
                                   "description='x').parse_args(['--help'])"])
-@pytest.mark.parametrize("lost", [f"> {FULL}", ">&-"])
+@pytest.mark.parametrize("lost", [pytest.param(f"> {FULL}", marks=needs_full), ">&-"])
 def test_a_result_that_cannot_be_printed_is_an_error(script, body, lost):
     done = run_shell(f"$PYTHON script.py {lost}", script(body))
     assert done.returncode == 2 and done.stderr.count(b"\n") == 1
@@ -83,7 +85,8 @@ def test_a_result_that_cannot_be_printed_is_an_error(script, body, lost):
 
 
 @posix_only
-@pytest.mark.parametrize("lost", [f"2> {FULL}", "2>&-", "2>&1 >out.txt | head -c 0"])
+@pytest.mark.parametrize("lost", [
+    pytest.param(f"2> {FULL}", marks=needs_full), "2>&-", "2>&1 >out.txt | head -c 0"])
 def test_the_loss_of_stderr_changes_nothing(script, lost):
     """Guards against a progress bar that ends a script because nobody can see it."""
     folder = script("from tqdm import tqdm\nfor i in tqdm(range(3000), mininterval=0, miniters=1):"
@@ -104,7 +107,7 @@ def test_a_terminal_that_was_closed_is_a_lost_stdout(script, options):
                                env={**os.environ, "PYTHONPATH": str(ROOT)})
     os.close(child)
     os.close(terminal)
-    process.communicate(timeout=60)  # closes stdin, so that the script goes on
+    process.communicate(timeout=600)  # closes stdin, so that the script goes on
     assert process.returncode == (0 if options else 2)
     assert (folder / "finished").exists() == bool(options)
 
@@ -134,10 +137,10 @@ def test_a_pipe_that_its_reader_made_non_blocking_loses_nothing(script):
     os.close(writer)
     with open(reader, "rb") as file:
         lines = file.read().splitlines()
-    assert process.wait(timeout=60) == 0 and len(lines) == 30_000
+    assert process.wait(timeout=600) == 0 and len(lines) == 30_000
 
 
-@posix_only
+@needs_full
 def test_other_errors_keep_their_line_when_stdout_is_lost(script):
     folder = script("print('x', flush=True)\nraise UserError('do this')", GOES_ON)
     done = run_shell(f"$PYTHON script.py > {FULL}", folder)
@@ -182,7 +185,7 @@ def in_the_c_locale():
 # the real scripts
 
 
-@posix_only
+@needs_full
 def test_training_and_its_resume_survive_ascii_and_a_full_disk(data_dir, tmp_path, in_the_c_locale):
     flags = " ".join(tiny_flags(data_dir=data_dir, log_dir="log", sample_prompt="x", max_steps=3))
     train = f"$PYTHON $ROOT/train_gpt2.py {flags} --sample_every 1"
@@ -203,7 +206,7 @@ def test_sampling_into_head_ends_quietly(log_dir, tmp_path):
     assert (done.returncode, len(done.stdout), done.stderr) == (141, 40, b"")
 
 
-@posix_only
+@needs_full
 def test_hellaswag_without_a_stdout_writes_its_file_and_claims_no_success(
         log_dir, tmp_path, hellaswag_examples):
     flags = f"--model {log_dir} --device cpu --out r.jsonl"
@@ -227,7 +230,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(
         call_main, log_dir, tmp_path, hellaswag_examples):
     (tmp_path / "folder").mkdir()
     for out, message in (("nowhere/r.jsonl", "make its folder"), ("folder", "is a folder"),
-                         (log_dir / "log.txt" / "r", "Not a directory")):
+                         (log_dir / "log.txt" / "r", "make its folder")):
         for module, flags in ((hellaswag, ()), (sample, ("--num_samples", 1))):
             code, printed, err = call_main(
                 module, "--model", log_dir, "--device", "cpu", "--out", out, *flags)
@@ -298,7 +301,7 @@ def test_an_output_can_be_a_pipe_or_a_device_which_stays_one(tmp_path):
     reader = threading.Thread(target=lambda: received.append((tmp_path / "pipe").read_bytes()))
     reader.start()
     write_output(check_output(tmp_path / "pipe"), b"data")
-    reader.join(timeout=30)
+    reader.join(timeout=600)
     assert received == [b"data"] and stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
     assert check_output("/dev/null") == Path("/dev/null")
 

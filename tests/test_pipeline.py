@@ -186,7 +186,7 @@ def test_three_ranks_store_the_same_documents_as_one(many_files, tmp_path):
                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
              for r in range(3)]
     for process in ranks:
-        assert process.wait(60) == 0, process.stderr.read()
+        assert process.wait(600) == 0, process.stderr.read()
     assert sorted(stored_documents(many)) == sorted(stored_documents(one))
     assert not list(many.glob("part_*")) and not list(many.glob("in_progress*"))
     shards.verify(many)

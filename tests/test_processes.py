@@ -14,7 +14,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, parse_train_flags, read_log, run_jobs, tiny_config, tiny_flags
+from conftest import (
+    ROOT,
+    needs_compiler,
+    parse_train_flags,
+    read_log,
+    run_jobs,
+    run_script,
+    tiny_config,
+    tiny_flags,
+)
 from forked import Job
 
 import train_gpt2
@@ -44,10 +53,13 @@ def weights_and_first_moments(log_dir, step=None):
     return [checkpoint["model"], {name: state["exp_avg"] for name, state in states.items()}]
 
 
-def expect_close_checkpoints(log_a, log_b, step=None, atol=1e-3):
-    """The checkpoints of two runs have nearly the same weights and the same first moments."""
-    for a, b in zip(weights_and_first_moments(log_a, step), weights_and_first_moments(log_b, step),
-                    strict=True):
+def expect_close_checkpoints(log_a, log_b, step=None, atols=(1e-3, 1e-3)):
+    """
+    The checkpoints of two runs have nearly the same weights and the same first moments. `atols` are
+    their absolute tolerances.
+    """
+    for a, b, atol in zip(weights_and_first_moments(log_a, step),
+                          weights_and_first_moments(log_b, step), atols, strict=True):
         assert a.keys() == b.keys()
         for name, tensor in a.items():
             assert torch.allclose(tensor, b[name], atol=atol, rtol=1e-4), name
@@ -68,8 +80,9 @@ def test_any_number_of_processes_computes_the_same_run(data_dir, tmp_path, hella
     assert [result.exit_codes for result in results] == [[0] * size for size, _ in shapes]
     for other in ("1x8", "2x1", "2x4", "4x1"):
         # the first moments of step 1 are the gradient itself: a process or a micro-step too few
-        # would show as a factor
-        expect_close_checkpoints(tmp_path / "1x1", tmp_path / other, step=1, atol=1e-6)
+        # would show as a factor. The weights differ more, because Adam divides a gradient by its
+        # own size, and rounding errors are as large as a gradient of 1e-10
+        expect_close_checkpoints(tmp_path / "1x1", tmp_path / other, step=1, atols=(1e-5, 1e-7))
         expect_close_checkpoints(tmp_path / "1x1", tmp_path / other)
         for stream, tolerance in (("train", 2e-4), ("val", 2e-4), ("norm", 2e-3), ("hella", 0)):
             expected = read_log(tmp_path / "1x1", stream)
@@ -124,7 +137,7 @@ def test_ranks_without_a_gpu_of_their_own_or_without_nccl_are_refused(monkeypatc
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(distributed, "pick_device", torch.device)
+    monkeypatch.setattr(distributed, "pick_device", lambda name, *_: torch.device(name))
     with pytest.raises(UserError, match="a Mac has one GPU"):
         distributed.init_distributed("mps")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -182,7 +195,7 @@ def test_sigusr1_saves_and_sigterm_and_ctrl_c_save_and_end(data_dir, tmp_path):
     first = int(re.search(r"model_(\d+).pt", wait_for_line(run, "saved ")).group(1))
     wait_for_line(run, "step ")  # training goes on
     run.send_signal(signal.SIGTERM)
-    out, _ = run.communicate(timeout=60)
+    out, _ = run.communicate(timeout=600)
     assert run.returncode == 0, out
     steps = list_checkpoints(log_dir)
     assert sorted(steps) == [first, max(steps)]
@@ -196,7 +209,7 @@ def test_sigusr1_saves_and_sigterm_and_ctrl_c_save_and_end(data_dir, tmp_path):
     run.send_signal(signal.SIGINT)
     time.sleep(0.02)
     run.send_signal(signal.SIGINT)  # torchrun sends Ctrl-C on, which the terminal has sent already
-    out, _ = run.communicate(timeout=60)
+    out, _ = run.communicate(timeout=600)
     assert run.returncode == 0, out
     assert max(list_checkpoints(log_dir)) > max(steps)
 
@@ -226,6 +239,7 @@ def test_a_signal_ends_an_evaluation_and_the_resumed_run_repeats_it(
 
 
 def test_a_second_ctrl_c_seconds_later_ends_the_process_at_once(monkeypatch):
+    before = signal.getsignal(signal.SIGINT)  # a shell ignores it for commands with "&"
     now = [100.0]
     monkeypatch.setattr("gpt2lab.signals.time.monotonic", lambda: now[0])
     with Signals() as signals:
@@ -238,15 +252,15 @@ def test_a_second_ctrl_c_seconds_later_ends_the_process_at_once(monkeypatch):
             signal.raise_signal(signal.SIGINT)
         signals.stop = False
     with Signals():
-        assert signal.getsignal(signal.SIGINT) is not signal.default_int_handler
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert signal.getsignal(signal.SIGINT) != before
+    assert signal.getsignal(signal.SIGINT) == before
 
 
 # -----------------------------------------------------------------------------
 # processes that die, and nodes
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="Windows has no SIGKILL")
+@pytest.mark.skipif(not shutil.which("pgrep"), reason="finds the process with pgrep")
 def test_torchrun_resumes_after_a_process_was_killed(data_dir, tmp_path):
     flags = tiny_flags(data_dir=data_dir, log_dir=tmp_path / "log", max_steps=100, save_every=5,
                        keep_last=0, B=1, sample_every=0)
@@ -254,7 +268,7 @@ def test_torchrun_resumes_after_a_process_was_killed(data_dir, tmp_path):
                         "--nproc_per_node=2", "--max_restarts=3", ROOT / "train_gpt2.py", *flags)
     wait_for_line(run, "saved ")
     os.kill(find_pid_of_rank(run.pid, 1), signal.SIGKILL)
-    out, _ = run.communicate(timeout=120)
+    out, _ = run.communicate(timeout=600)
     assert run.returncode == 0, out
     assert "rank 0: error: lost rank 1 (" in out and "--max_restarts=3" in out
     resumed = int(re.search(r"resuming \S+ at step (\d+)", out).group(1))
@@ -265,8 +279,8 @@ def test_torchrun_resumes_after_a_process_was_killed(data_dir, tmp_path):
 
 def find_pid_of_rank(torchrun_pid, rank):
     """The pid of the process that torchrun started as this rank."""
-    children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(torchrun_pid)], check=True,
-                              capture_output=True, encoding="utf-8").stdout.split()
+    children = subprocess.run(["pgrep", "-P", str(torchrun_pid)], check=True, capture_output=True,
+                              encoding="utf-8").stdout.split()
     if os.path.isdir("/proc"):
         children = [pid for pid in children if f"\0RANK={rank}\0" in
                     Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace")]
@@ -312,7 +326,7 @@ def test_two_nodes_without_a_shared_folder_train_one_run(two_nodes, data_dir, tm
             "--master_port=29517", ROOT / "train_gpt2.py", "--data_dir", "data",
             *tiny_flags(B=1, save_every=2), cwd=tmp_path / name,
             env={"GLOO_SOCKET_IFNAME": f"v{name}"}))
-    outs = [node.communicate(timeout=120)[0] for node in nodes]
+    outs = [node.communicate(timeout=600)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], "\n".join(outs)
     assert "trained to step 6" in outs[0]
     assert "trained to" not in outs[1]
@@ -346,7 +360,7 @@ def test_an_update_with_nan_on_one_rank_is_skipped_on_all_ranks(data_dir, tmp_pa
     assert failing.exit_codes == [2, 2]
     assert "step 7: 5 updates in a row were not finite" in failing.output
     assert max(list_checkpoints(forever)) <= 7
-    expect_close_checkpoints(once, forever, step=3, atol=0)
+    expect_close_checkpoints(once, forever, step=3, atols=(0, 0))
 
 
 def test_float16_overflow_lowers_the_loss_scale_and_training_goes_on(
@@ -380,6 +394,7 @@ def test_gradient_checkpointing_recomputes_blocks_and_changes_no_number(
 
 
 @needs_fork
+@needs_compiler
 def test_ddp_trains_a_compiled_model_with_gradient_checkpointing(data_dir, tmp_path):
     options = dict(B=2, n_layer=1, max_steps=3)
     eager, compiled = run_jobs(tmp_path, [
@@ -413,7 +428,7 @@ def test_all_ranks_train_uncompiled_if_one_rank_cannot_compile(data_dir, tmp_pat
             no_compiler_rank=1)])
     assert eager.exit_codes == fallen_back.exit_codes == [0, 0]
     assert "uncompiled, since compiling failed on 1 process" in fallen_back.output
-    expect_close_checkpoints(tmp_path / "a", tmp_path / "b", atol=0)
+    expect_close_checkpoints(tmp_path / "a", tmp_path / "b", atols=(0, 0))
 
 
 def test_evaluation_does_not_call_the_compiled_model(data_dir, tmp_path, monkeypatch):
@@ -452,10 +467,11 @@ def test_machine_presets_leave_what_losses_depend_on():
 
 
 def test_machine_presets_lower_B_to_one_that_fits(capsys, monkeypatch):
-    assert parse_train_flags("--preset", "a100-40g")[1].B == 32
-    assert "B 48 does not divide the 512 sequences" in capsys.readouterr().out
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    assert parse_train_flags("--preset", "5090", "--compile_mode", "default")[1].B == 32
+    assert parse_train_flags("--preset", "a100-40g")[1].B == 64
+    assert parse_train_flags("--preset", "h100", "--total_batch_size", "98304")[1].B == 96
+    assert "B 128 does not divide the 96 sequences" in capsys.readouterr().out
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert parse_train_flags("--preset", "h100", "--compile_mode", "default")[1].B == 64
     assert parse_train_flags("--preset", "t4", "--B", "16")[1].B == 16
     assert parse_train_flags("--preset", "auto", "--max_steps", "5")[1].max_steps == 5
 
@@ -468,9 +484,11 @@ def test_check_lists_the_machine_and_all_problems_and_writes_nothing(
 
     code, out, err = check()
     assert code == 0 and "the run can start" in out and err == ""
-    for line in ("torch: ", "device: cpu", "distributed backends: gloo", "--preset auto: B 4",
-                 "compiler for --compile: ", "memory: about ", "disk: a checkpoint is about "):
+    for line in ("torch: ", "device: cpu", "--preset auto: B ", "compiler for --compile: ",
+                 "memory: about ", "disk: a checkpoint is about "):
         assert line in out
+    # torch with CUDA has nccl, too
+    assert re.search("^distributed backends: (nccl, )?gloo$", out, re.M)
     code, out, err = check("--data_dir", tmp_path, "--B", 3)
     assert code == 2 and "the run could not start" in out
     assert err.count("\n") == 3 and "no val shard" in err and "does not divide" in err
@@ -497,14 +515,37 @@ def test_memory_estimates_of_124m_are_near_what_was_measured():
     assert 5.8 < memory / 1e9 < 7.2  # 6.5 GB were measured
 
 
-def test_main_makes_cuda_segments_expandable_unless_the_user_decides(
-        call_main, tmp_path, monkeypatch):
-    for value, expected in ((None, "expandable_segments:True"), ("backend:native",) * 2):
-        monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
-        if value:
-            monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", value)
-        call_main(train_gpt2, "--data_dir", tmp_path / "none", "--device", "cpu")
-        assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == expected
+@pytest.fixture
+def no_allocator_settings(monkeypatch):
+    """The environment says nothing about torch's allocator."""
+    for name in device.ALLOCATOR_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize("settings, expected", [
+    ({}, "expandable_segments:True"),
+    ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:128"}, "max_split_size_mb:128")])
+@pytest.mark.skipif(sys.platform != "linux", reason="segments are expandable on Linux only")
+def test_cuda_segments_are_expandable_unless_the_user_decides(
+        no_allocator_settings, settings, expected):
+    """Guards against settings of the user that torch does not get, because another name wins."""
+    code = ("import torch, train_gpt2\n"
+            "def stop(*args):\n    print(torch._C._accelerator_getAllocatorSettings())\n"
+            "    raise SystemExit\n"
+            "train_gpt2.presets.parse_command_line = stop; train_gpt2.main()")
+    done = run_script("-c", code, cwd=ROOT, env=settings)
+    assert done.stdout.strip() == expected, done.stderr
+
+
+@pytest.mark.parametrize("system, settings", [
+    ("darwin", {}), ("win32", {}), ("linux", {"PYTORCH_CUDA_ALLOC_CONF": "backend:native"})])
+def test_the_allocator_stays_as_it_is(no_allocator_settings, monkeypatch, system, settings):
+    """Guards against a warning of torch in every run on Windows, and against the older name."""
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(device.sys, "platform", system)
+    device.set_allocator_defaults()
+    assert set(device.ALLOCATOR_VARIABLES) & os.environ.keys() == settings.keys()
 
 
 def test_set_seed_seeds_python_numpy_and_torch():

@@ -11,8 +11,13 @@ import torch
 from conftest import ROOT, plain_model, run_script
 from torch.nn import functional as F
 
-from gpt2lab import kernels
-from gpt2lab.device import flops_per_token, model_flops_utilization, paused_gc
+from gpt2lab import kernels, presets
+from gpt2lab.device import (
+    find_peak_tflops,
+    flops_per_token,
+    model_flops_utilization,
+    paused_gc,
+)
 from train_gpt2 import GPTConfig
 
 
@@ -73,6 +78,56 @@ def test_optimize_shares_parameters_and_keeps_their_names():
     assert model.state_dict().keys() == plain_model().state_dict().keys()
 
 
+@pytest.mark.parametrize("dtype, scale, tolerance", [
+    (torch.float32, 1, 1e-5), (torch.bfloat16, 1, 0.02), (torch.float16, 1024, 0.005)])
+def test_the_chunked_loss_is_the_cross_entropy(small_chunks, dtype, scale, tolerance):
+    """Loss and gradients, accumulated over two calls, of a loss that is scaled up as for float16"""
+    generator = torch.Generator().manual_seed(0)
+    inputs = [(torch.randn(100, 48, generator=generator), torch.randint(90, (100,)))
+              for _ in range(2)]
+    weight = 0.3 * torch.randn(90, 48, generator=generator)
+    results = []
+    for loss_of in (kernels.chunked_cross_entropy, F.linear_cross_entropy):
+        W, losses, gradients = weight.clone().requires_grad_(), [], []
+        for x, y in inputs:
+            x = x.clone().requires_grad_()
+            # the exact result is computed in float32
+            exact = loss_of is F.linear_cross_entropy or dtype == torch.float32
+            with nullcontext() if exact else torch.autocast("cpu", dtype):
+                loss = loss_of(x, W, y)
+            (scale * loss / 2).backward()
+            losses.append(loss.item())
+            gradients.append(x.grad)
+        results.append((losses, [*gradients, W.grad]))
+    (losses, gradients), (expected_losses, expected) = results
+    assert losses == pytest.approx(expected_losses, rel=tolerance)
+    for gradient, exact in zip(gradients, expected, strict=True):
+        assert gradient.dtype == torch.float32
+        assert (gradient - exact).abs().max() < tolerance * exact.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_cuda_compiles_computes_what_a_cpu_computes(dtype):
+    """The two forms of the gradient of a chunk's logits."""
+    logits = 3 * torch.randn(20, 90, generator=torch.Generator().manual_seed(0))
+    logits, targets = logits.to(dtype), torch.arange(20)
+    expected_loss, expected = kernels.softmax_gradient_uncompiled(logits.clone(), targets)
+    loss = kernels.softmax_gradient(logits, targets)  # overwrites the logits
+    assert loss == expected_loss
+    assert logits.dtype == dtype
+    assert torch.allclose(logits, expected, rtol=1e-2 if dtype == torch.bfloat16 else 1e-3)
+
+
+def test_torch_approves_of_the_operator_of_the_loss():
+    """Its schema, its autograd formula and its fake, as torch.compile relies on them."""
+    x, weight = torch.randn(30, 8, requires_grad=True), torch.randn(20, 8, requires_grad=True)
+    # not its check of compiling, which returns the gradients that backward overwrites. The compiled
+    # models of this suite show that the operator compiles
+    torch.library.opcheck(kernels.cross_entropy_op, (x, weight, torch.arange(30) % 20),
+                          test_utils=("test_schema", "test_autograd_registration",
+                                      "test_faketensor"))
+
+
 def test_bfloat16_gradients_are_summed_in_float32(monkeypatch):
     """The weight's gradient is a sum over chunks. In bfloat16 the sum would lose small ones."""
     torch.manual_seed(0)
@@ -103,12 +158,12 @@ def kernel_calls(monkeypatch):
     return calls
 
 
-def test_a_compiled_model_has_the_same_loss_and_uses_no_kernel_of_ours(
+def test_a_compiled_model_has_the_same_loss_and_chooses_its_own_kernels_but_for_the_loss(
         onednn_at_any_size, small_chunks, kernel_calls):
     model = optimized_model()
     compiled = torch.compile(model, backend="aot_eager")  # traced as for a GPU, run without gcc
     loss, gradients = loss_and_gradients(compiled, *random_batch())
-    assert not kernel_calls  # the compiler chooses its own kernels
+    assert kernel_calls == 6 * ["onednn_linear"]  # the chunks of 24 of the batch's 128 rows
     expected_loss, expected = loss_and_gradients(plain_model(), *random_batch())
     assert loss == pytest.approx(expected_loss, rel=1e-6)
     for name, gradient in expected.items():
@@ -221,9 +276,15 @@ def test_logits_never_exist_whole(monkeypatch):
                 rows.append(out.numel() // 384 if out.shape[-1:] == (384,) else 0)
             return out
 
+    x, y = random_batch(B=16)  # 512 rows
     with RecordRows():
-        model(*random_batch(B=16))
-    assert 16 <= max(rows) <= 32  # the batch has 512 rows
+        model(x, y)
+        with torch.no_grad():
+            model(x, y)
+            # torch shows this mode the operator of the loss from outside only
+            kernels.loss_and_gradients(model.hidden(x).flatten(0, 1), model.lm_head.weight,
+                                       y.flatten())
+    assert max(rows) == 16
 
 
 def test_twenty_updates_give_the_losses_of_the_plain_model(onednn_at_any_size, small_chunks):
@@ -273,13 +334,39 @@ def test_tune_malloc_reuses_freed_memory():
 
 
 @pytest.mark.parametrize("card, peak", [
-    ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA A100-SXM4-80GB", 312),
-    ("NVIDIA L40S", 362), ("NVIDIA L4", 121), ("NVIDIA GeForce RTX 4090", 165),
-    ("NVIDIA RTX A1000", None), ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
-    ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None), ("Tesla T4", None)])
-def test_mfu_knows_the_card_or_says_nothing(card, peak):
-    share = model_flops_utilization(2 * 4e14, card, world_size=2)
-    assert share == (peak and pytest.approx(400 / peak))
+    ("NVIDIA B200", 2250), ("NVIDIA GH200 480GB", 989), ("NVIDIA H200", 989),
+    ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H100 NVL", 835),
+    ("NVIDIA H800", 989), ("NVIDIA H800 PCIe", 756), ("NVIDIA H20", 148),
+    ("NVIDIA A100-SXM4-80GB", 312), ("A100-SXM4-40GB", 312), ("NVIDIA A100 80GB PCIe", 312),
+    ("NVIDIA A100-PCIE-40GB", 312), ("NVIDIA A800-SXM4-80GB", 312), ("NVIDIA A40", 150),
+    ("NVIDIA A10", 125), ("NVIDIA L40S", 362), ("NVIDIA L40", 181), ("NVIDIA L4", 121),
+    ("Tesla T4", 65), ("Tesla V100-SXM2-16GB", 125), ("Tesla V100-PCIE-32GB", 112),
+    ("Tesla V100S-PCIE-32GB", 130), ("NVIDIA RTX A6000", 155),
+    ("NVIDIA RTX 6000 Ada Generation", 364), ("NVIDIA GeForce RTX 5090", 209.5),
+    ("NVIDIA GeForce RTX 4090", 165), ("NVIDIA GeForce RTX 3090", 71),
+    ("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", 504)])
+def test_mfu_knows_the_card(card, peak):
+    assert model_flops_utilization(2 * 4e14, card, world_size=2) == pytest.approx(400 / peak)
+
+
+@pytest.mark.parametrize("card", [
+    "NVIDIA GeForce RTX 4090 D", "NVIDIA GeForce RTX 5090 D", "NVIDIA GeForce RTX 4090 Laptop GPU",
+    "NVIDIA GeForce RTX 3090 Ti", "NVIDIA A100-SXM4-40GB MIG 1g.5gb", "NVIDIA A100-SXM-64GB",
+    "NVIDIA H100 80GB HBM2e", "NVIDIA A10G", "Tesla V100-FHHL-16GB", "NVIDIA RTX A1000",
+    "NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition", "GRID A100-40C",
+    "AMD Instinct MI300X", "NVIDIA Graphics Device"])
+def test_mfu_of_an_unknown_variant_is_not_that_of_another(card):
+    """Guards against too low an MFU, because a slower card has a fast card's name in its own."""
+    assert model_flops_utilization(4e14, card) is None
+
+
+def test_mfu_knows_the_cards_of_the_presets():
+    """Guards against a machine preset without an MFU."""
+    cards = {"NVIDIA A100-SXM4-40GB": 40, "NVIDIA A100 80GB PCIe": 80, "NVIDIA H100 80GB HBM3": 80,
+             "NVIDIA GeForce RTX 5090": 32, "NVIDIA GeForce RTX 4090": 24, "Tesla T4": 15}
+    found = {presets.name_gpu(card, gib * presets.GIB) for card, gib in cards.items()
+             if find_peak_tflops(card)}
+    assert found == set(presets.MACHINE_PRESETS) - {"mps", "cpu"}
 
 
 def test_flops_per_token_at_124m():

@@ -1,0 +1,99 @@
+"""
+A rank that waits for its device when another rank dies, as with NCCL, whose collectives do not fail
+then. A mutex that is never released stands in for the GPU: the main thread cannot run Python.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from gpt2lab import distributed
+from gpt2lab.signals import Signals
+
+ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="Windows has no SIGKILL")
+
+BLOCK_FOR_EVER = """
+import ctypes
+mutex = ctypes.create_string_buffer(256)
+lock = ctypes.CDLL(None).pthread_mutex_lock
+lock(mutex)
+"""
+
+# argument: whether rank 1 dies, or all ranks get SIGTERM while they wait for their devices
+RANK = BLOCK_FOR_EVER + """
+import os, signal, sys
+import torch.distributed as dist
+from gpt2lab import distributed
+from gpt2lab.signals import Signals
+ranks = distributed.init_distributed("cpu")
+distributed.BLOCKED_SECONDS = 3
+with Signals(distributed.exit_if_ranks_are_lost) as signals:
+    dist.barrier()
+    if ranks.ddp_rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    lock(mutex)  # as if in torch.cuda.synchronize
+"""
+
+
+def test_a_rank_that_waits_for_its_gpu_says_which_rank_died(tmp_path):
+    """torchrun sends SIGTERM, which Python cannot handle now. After 30 s it kills every rank."""
+    script = tmp_path / "rank.py"
+    script.write_text(RANK)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=3", str(script)]
+    done = subprocess.run(torchrun, capture_output=True, text=True, timeout=120, cwd=ROOT,
+                          env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    assert done.returncode != 0
+    lines = [line for line in done.stderr.splitlines() if "error: lost" in line]
+    assert sorted(line.split(" (")[0] for line in lines) == [
+        "rank 0: error: lost rank 1", "rank 2: error: lost rank 1"]
+    assert all("--resume" in line for line in lines)
+    assert "exitcode  : -9" in done.stderr  # of rank 1, and of no other
+    assert done.stderr.count("exitcode  : 1 ") == 2, done.stderr
+
+
+@pytest.fixture
+def found_missing(monkeypatch):
+    """Pretends to be in a process group in which find_missing_ranks finds what the list holds."""
+    found, exits = [[]], []
+    monkeypatch.setattr(distributed.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed, "find_missing_ranks", lambda seconds: found[0])
+    monkeypatch.setattr(distributed, "exit_for_lost_ranks", lambda *args: exits.append(args[0]))
+    return found, exits
+
+
+@pytest.mark.parametrize("missing, is_blocked, exits", [
+    ([], True, False),  # all ranks were asked to stop, and an update takes long
+    (["1"], False, False),  # this rank has noticed the signal, and does what it has to
+    (["1"], True, True),
+    (None, True, True)])  # the store was on the node that died
+def test_only_a_blocked_rank_that_misses_another_exits(
+        found_missing, missing, is_blocked, exits):
+    found_missing[0][0] = missing
+    distributed.exit_if_ranks_are_lost(lambda: is_blocked)
+    assert found_missing[1] == ([missing] if exits else [])
+
+
+def test_the_watching_thread_hears_sigterm_after_other_signals():
+    heard = threading.Event()
+    with Signals(lambda is_blocked: heard.set()) as signals:
+        signal.raise_signal(signal.SIGUSR1)
+        assert signals.save
+        signal.raise_signal(signal.SIGTERM)
+        assert signals.stop
+        assert heard.wait(timeout=60)
+
+
+def test_signals_leave_no_thread_and_no_descriptor_behind():
+    before = threading.active_count()
+    with Signals(lambda is_blocked: None):
+        watching = [t for t in threading.enumerate() if t.name.startswith("Thread-")]
+        assert threading.active_count() == before + 1
+    watching[-1].join(timeout=60)
+    assert threading.active_count() == before
+    assert signal.set_wakeup_fd(-1) == -1
