@@ -27,6 +27,7 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 # how long after SIGTERM a rank may wait for its device before it looks for ranks that died.
 # torchrun kills it after 30 seconds
 BLOCKED_SECONDS = 15.0
+BLOCKING_BACKENDS = ("nccl",)  # whose collectives wait for ever for a rank that died
 
 
 class Ranks(NamedTuple):
@@ -187,9 +188,9 @@ def exit_if_ranks_are_lost(is_blocked: Callable[[], bool]) -> None:
 
     A collective of NCCL does not fail when a rank dies. It never ends, and the main thread waits
     for the GPU, so that it neither notices SIGTERM nor raises an error. torchrun sends SIGTERM to
-    the survivors at once, and kills them 30 seconds later.
+    the survivors at once, and kills them 30 seconds later. gloo raises an error by itself.
     """
-    if dist.is_initialized():
+    if dist.is_initialized() and dist.get_backend() in BLOCKING_BACKENDS:
         missing = find_missing_ranks(BLOCKED_SECONDS)
         if missing != [] and is_blocked():
             exit_for_lost_ranks(missing, "it ended, and a collective waits for it")

@@ -164,14 +164,14 @@ def softmax_gradient(logits: Tensor, targets: Tensor) -> Tensor:
     The sum of the cross entropies of the rows of logits (n, V), in nats, float32. The logits are
     overwritten with their gradient. targets: (n) int64.
 
-    Compiled for CUDA, this is one kernel that reads the logits twice and writes them once. It never
-    writes float32 values of the size of the logits.
+    Compiled for CUDA, this reads the logits twice and writes them once, and never writes float32
+    values of the size of the logits.
     """
     log_probs = F.log_softmax(logits, dim=1, dtype=torch.float32)  # (n, V)
     loss = -log_probs.gather(1, targets[:, None]).sum()
     # d loss / d logits = probabilities, minus 1 at the target. They are not divided by the number
-    # of rows yet, because float16 would lose what is much smaller than 1. The comparison becomes
-    # part of the kernel; a scatter would not
+    # of rows yet, because float16 would lose what is much smaller than 1. The compiler fuses this
+    # comparison with the rest, and would not fuse a scatter
     is_target = torch.arange(logits.size(1), device=logits.device) == targets[:, None]  # (n, V)
     logits.copy_(log_probs.exp() - is_target.float())
     return loss

@@ -38,6 +38,7 @@ class Signals:
         self._interrupted_at: float | None = None  # time of the first SIGINT, in seconds
         self._previous_handlers: dict[int, Any] = {}
         self._sockets: tuple[socket.socket, ...] = ()  # the end to read from, the end to write to
+        self._previous_wakeup_fd = -1
 
     @staticmethod
     def ignore_save_requests() -> None:
@@ -65,15 +66,15 @@ class Signals:
         self._sockets = socket.socketpair()
         for end in self._sockets:
             end.setblocking(end is self._sockets[0])
-        signal.set_wakeup_fd(self._sockets[1].fileno(), warn_on_full_buffer=False)
+        self._previous_wakeup_fd = signal.set_wakeup_fd(
+            self._sockets[1].fileno(), warn_on_full_buffer=False)
         threading.Thread(target=self._watch, daemon=True).start()
 
     def _watch(self) -> None:
-        while (received := self._sockets[0].recv(1)) != bytes([signal.SIGTERM]):
-            if not received:  # closed
-                return
-        assert self._when_terminated
-        self._when_terminated(lambda: not self.stop)
+        with self._sockets[0] as receiver:
+            while received := receiver.recv(1):  # nothing, once the other end is closed
+                if received == bytes([signal.SIGTERM]) and self._when_terminated:
+                    self._when_terminated(lambda: not self.stop)
 
     def __exit__(self, error_type: type[BaseException] | None, error: BaseException | None,
                  traceback: TracebackType | None) -> None:
@@ -82,7 +83,7 @@ class Signals:
         stops_by_interrupt = (self.stop and self._interrupted_at is not None
                               and error_type is None)
         if self._sockets:
-            signal.set_wakeup_fd(-1)
+            signal.set_wakeup_fd(self._previous_wakeup_fd)
             self._sockets[1].close()  # ends the thread
         for number, handler in self._previous_handlers.items():
             if not (number == signal.SIGINT and stops_by_interrupt):

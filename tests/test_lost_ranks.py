@@ -5,6 +5,7 @@ then. A mutex that is never released stands in for the GPU: the main thread cann
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -33,6 +34,7 @@ from gpt2lab import distributed
 from gpt2lab.signals import Signals
 ranks = distributed.init_distributed("cpu")
 distributed.BLOCKED_SECONDS = 3
+distributed.BLOCKING_BACKENDS = ("gloo",)  # stands in for nccl
 with Signals(distributed.exit_if_ranks_are_lost) as signals:
     dist.barrier()
     if ranks.ddp_rank == 1:
@@ -62,6 +64,7 @@ def found_missing(monkeypatch):
     """Pretends to be in a process group in which find_missing_ranks finds what the list holds."""
     found, exits = [[]], []
     monkeypatch.setattr(distributed.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed.dist, "get_backend", lambda: "nccl")
     monkeypatch.setattr(distributed, "find_missing_ranks", lambda seconds: found[0])
     monkeypatch.setattr(distributed, "exit_for_lost_ranks", lambda *args: exits.append(args[0]))
     return found, exits
@@ -79,7 +82,15 @@ def test_only_a_blocked_rank_that_misses_another_exits(
     assert found_missing[1] == ([missing] if exits else [])
 
 
-def test_the_watching_thread_hears_sigterm_after_other_signals():
+def test_gloo_is_left_alone(found_missing, monkeypatch):
+    """Its collectives fail by themselves, and wait long for a slow rank, which is not lost."""
+    monkeypatch.setattr(distributed.dist, "get_backend", lambda: "gloo")
+    found_missing[0][0] = ["1"]
+    distributed.exit_if_ranks_are_lost(lambda: True)
+    assert found_missing[1] == []
+
+
+def test_the_watching_thread_hears_sigterm_between_other_signals(capsys):
     heard = threading.Event()
     with Signals(lambda is_blocked: heard.set()) as signals:
         signal.raise_signal(signal.SIGUSR1)
@@ -87,13 +98,20 @@ def test_the_watching_thread_hears_sigterm_after_other_signals():
         signal.raise_signal(signal.SIGTERM)
         assert signals.stop
         assert heard.wait(timeout=60)
+        signals.save = False
+        signal.raise_signal(signal.SIGUSR1)  # the socket still takes signals
+        assert signals.save
+    assert "wakeup fd" not in capsys.readouterr().err
 
 
 def test_signals_leave_no_thread_and_no_descriptor_behind():
-    before = threading.active_count()
-    with Signals(lambda is_blocked: None):
-        watching = [t for t in threading.enumerate() if t.name.startswith("Thread-")]
-        assert threading.active_count() == before + 1
-    watching[-1].join(timeout=60)
-    assert threading.active_count() == before
-    assert signal.set_wakeup_fd(-1) == -1
+    before = set(threading.enumerate())
+    with socket.socket() as other:  # what asyncio or a notebook has installed
+        other.setblocking(False)
+        signal.set_wakeup_fd(other.fileno())
+        with Signals(lambda is_blocked: None) as signals:
+            (watching,) = set(threading.enumerate()) - before
+        watching.join(timeout=60)
+        assert not watching.is_alive()
+        assert signal.set_wakeup_fd(-1) == other.fileno()
+    assert [end.fileno() for end in signals._sockets] == [-1, -1]  # closed
