@@ -653,7 +653,7 @@ def train(config):
     result = dict.fromkeys(("train_loss", "val_loss", "bits_per_byte"))
     result["checkpoint"] = resumed_from
     start_time, first_t0, bad_steps, stop, save_now = time.perf_counter(), None, 0, False, False
-    with Signals(distributed.exit_if_ranks_are_lost) as signals, paused_gc():
+    with Signals(distributed.watch_for_lost_ranks) as signals, paused_gc():
         # one round more than there are updates, so that the last update is evaluated and saved, too
         for step in range(start_step, config.max_steps + 1):
             # once in a while: a checkpoint (all ranks take part, the master writes), before the

@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, NamedTuple, NoReturn
 
@@ -181,16 +181,25 @@ def exit_for_lost_ranks(missing: list[str] | None, reason: str) -> NoReturn:
     os._exit(1)  # an ordinary exit would wait for the process group that lost a rank
 
 
-def exit_if_ranks_are_lost(is_blocked: Callable[[], bool]) -> None:
+def watch_for_lost_ranks(terminated: bool, is_blocked: Callable[[], bool]) -> None:
     """
-    To be called in a thread after SIGTERM. If ranks are missing and the main thread is still
-    blocked after BLOCKED_SECONDS, name the ranks and exit.
+    The `watch` of Signals. After SIGTERM, ask all ranks for an answer. If some do not answer within
+    BLOCKED_SECONDS, and the main thread is still blocked, name these ranks and exit. Before
+    SIGTERM, answer if another rank asks: a signal may reach one rank only.
 
     A collective of NCCL does not fail when a rank dies. It never ends, and the main thread waits
     for the GPU, so that it neither notices SIGTERM nor raises an error. torchrun sends SIGTERM to
     the survivors at once, and kills them 30 seconds later. gloo raises an error by itself.
     """
-    if dist.is_initialized() and dist.get_backend() in BLOCKING_BACKENDS:
+    if not dist.is_initialized() or dist.get_backend() not in BLOCKING_BACKENDS:
+        return
+    with suppress(RuntimeError, ValueError):  # the store may be gone, or the run at its end
+        store = dist.distributed_c10d._get_default_store()
+        if terminated:
+            store.set("who is alive", "1")
+        elif store.check(["who is alive"]):
+            store.set(f"alive/{dist.get_rank()}", "1")
+    if terminated:
         missing = find_missing_ranks(BLOCKED_SECONDS)
         if missing != [] and is_blocked():
             exit_for_lost_ranks(missing, "it ended, and a collective waits for it")

@@ -196,7 +196,8 @@ def compiled_softmax_gradient() -> Callable[[Tensor, Tensor], Tensor]:
     """softmax_gradient, to be compiled at its first call for each shape."""
     # a kernel that overwrites its input is slow to autotune, because torch restores the input
     # before each of a few hundred trials
-    return torch.compile(softmax_gradient, dynamic=False,
+    # fullgraph: after too many shapes, an error instead of silently uncompiled code
+    return torch.compile(softmax_gradient, dynamic=False, fullgraph=True,
                          options={"triton.autotune_pointwise": False})
 
 
@@ -276,7 +277,9 @@ def save_gradients(ctx: Any, inputs: tuple, output: tuple) -> None:
 def cross_entropy_backward(ctx: Any, grad_loss: Tensor, *_: None) -> tuple[Tensor | None, ...]:
     """The gradients of x, weight and targets, given the gradient of the loss, a scalar."""
     grad_x, grad_weight = ctx.saved_tensors
-    return grad_x.mul_(grad_loss), grad_weight.mul_(grad_loss), None
+    # in float32, because CUDA would round grad_loss to the 16 bits of grad_x
+    grad_x = grad_x.float().mul_(grad_loss).to(grad_x.dtype)
+    return grad_x, grad_weight.mul_(grad_loss), None
 
 
 cross_entropy_op.register_autograd(cross_entropy_backward, setup_context=save_gradients)

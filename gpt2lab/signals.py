@@ -14,6 +14,7 @@ from typing import Any
 # what a scheduler (SIGUSR2 is Grid Engine's), a closed terminal (SIGHUP, on Windows SIGBREAK) and a
 # limit of CPU time send before the process must end
 STOP_SIGNALS = ("SIGTERM", "SIGHUP", "SIGBREAK", "SIGXCPU", "SIGUSR2")
+WATCH_SECONDS = 4.0  # between two looks of the thread that watches
 REPEAT_SECONDS = 1.0  # within this time, a second SIGINT is the same Ctrl-C, passed on by torchrun
 
 
@@ -28,13 +29,14 @@ class Signals:
     A context manager that records signals instead of acting on them. The training loop reads `stop`
     and `save` between updates. A second Ctrl-C raises KeyboardInterrupt at once.
 
-    After SIGTERM, a thread calls `when_terminated(is_blocked)`. `is_blocked()` says whether the
-    main thread has not noticed the signal yet, because it waits for a device.
+    A thread calls `watch(terminated, is_blocked)` after SIGTERM, and every WATCH_SECONDS before it,
+    also while the main thread waits for a device. `is_blocked()` says whether the main thread has
+    not noticed SIGTERM yet.
     """
 
-    def __init__(self, when_terminated: Callable[[Callable[[], bool]], None] | None = None) -> None:
+    def __init__(self, watch: Callable[[bool, Callable[[], bool]], None] | None = None) -> None:
         self.stop = self.save = False
-        self._when_terminated = when_terminated
+        self._watch = watch
         self._interrupted_at: float | None = None  # time of the first SIGINT, in seconds
         self._previous_handlers: dict[int, Any] = {}
         self._sockets: tuple[socket.socket, ...] = ()  # the end to read from, the end to write to
@@ -55,26 +57,34 @@ class Signals:
                 if number is None or is_ignored_hangup(number):
                     continue
                 self._previous_handlers[number] = signal.signal(number, handler)
-            if self._when_terminated:
+            if self._watch:
                 self._start_watching()
         return self
 
     def _start_watching(self) -> None:
-        """Start the thread that waits for SIGTERM. It ends with the process."""
+        """Start the thread that calls `watch`. It ends with this context, or with the process."""
         # a handler runs in the main thread, and only between two steps of Python. The number of the
         # signal, however, is written to this socket at once
         self._sockets = socket.socketpair()
-        for end in self._sockets:
-            end.setblocking(end is self._sockets[0])
+        self._sockets[0].settimeout(WATCH_SECONDS)
+        self._sockets[1].setblocking(False)
         self._previous_wakeup_fd = signal.set_wakeup_fd(
             self._sockets[1].fileno(), warn_on_full_buffer=False)
-        threading.Thread(target=self._watch, daemon=True).start()
+        threading.Thread(target=self._keep_watching, daemon=True).start()
 
-    def _watch(self) -> None:
+    def _keep_watching(self) -> None:
+        assert self._watch
         with self._sockets[0] as receiver:
-            while received := receiver.recv(1):  # nothing, once the other end is closed
-                if received == bytes([signal.SIGTERM]) and self._when_terminated:
-                    self._when_terminated(lambda: not self.stop)
+            while True:
+                try:
+                    received = receiver.recv(1)
+                except TimeoutError:
+                    self._watch(False, lambda: False)
+                    continue
+                if not received:  # the other end is closed
+                    return
+                if received == bytes([signal.SIGTERM]):
+                    self._watch(True, lambda: not self.stop)
 
     def __exit__(self, error_type: type[BaseException] | None, error: BaseException | None,
                  traceback: TracebackType | None) -> None:

@@ -12,6 +12,7 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from gpt2lab import distributed
 from gpt2lab.signals import Signals
@@ -26,30 +27,41 @@ lock = ctypes.CDLL(None).pthread_mutex_lock
 lock(mutex)
 """
 
-# argument: whether rank 1 dies, or all ranks get SIGTERM while they wait for their devices
+# argument: "killed" if rank 1 dies, "slow" if rank 0 alone gets SIGTERM while it waits long for its
+# device
 RANK = BLOCK_FOR_EVER + """
-import os, signal, sys
+import os, signal, sys, threading
 import torch.distributed as dist
-from gpt2lab import distributed
-from gpt2lab.signals import Signals
+from gpt2lab import distributed, signals
 ranks = distributed.init_distributed("cpu")
 distributed.BLOCKED_SECONDS = 3
 distributed.BLOCKING_BACKENDS = ("gloo",)  # stands in for nccl
-with Signals(distributed.exit_if_ranks_are_lost) as signals:
+signals.WATCH_SECONDS = 0.5
+with signals.Signals(distributed.watch_for_lost_ranks) as recorded:
     dist.barrier()
-    if ranks.ddp_rank == 1:
+    if sys.argv[1] == "killed" and ranks.ddp_rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
+    if sys.argv[1] == "slow":
+        threading.Timer(8, lambda: ctypes.CDLL(None).pthread_mutex_unlock(mutex)).start()
+        if ranks.ddp_rank == 0:
+            threading.Timer(1, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
     lock(mutex)  # as if in torch.cuda.synchronize
+print(f"rank {ranks.ddp_rank}: stop {recorded.stop}")
 """
+
+
+def run_ranks(tmp_path, what):
+    """Run RANK with an argument on three ranks; returns the CompletedProcess of torchrun."""
+    script = tmp_path / "rank.py"
+    script.write_text(RANK)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=3", str(script)]
+    return subprocess.run([*torchrun, what], capture_output=True, text=True, timeout=600, cwd=ROOT,
+                          env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
 
 
 def test_a_rank_that_waits_for_its_gpu_says_which_rank_died(tmp_path):
     """torchrun sends SIGTERM, which Python cannot handle now. After 30 s it kills every rank."""
-    script = tmp_path / "rank.py"
-    script.write_text(RANK)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=3", str(script)]
-    done = subprocess.run(torchrun, capture_output=True, text=True, timeout=120, cwd=ROOT,
-                          env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    done = run_ranks(tmp_path, "killed")
     assert done.returncode != 0
     lines = [line for line in done.stderr.splitlines() if "error: lost" in line]
     assert sorted(line.split(" (")[0] for line in lines) == [
@@ -59,12 +71,23 @@ def test_a_rank_that_waits_for_its_gpu_says_which_rank_died(tmp_path):
     assert done.stderr.count("exitcode  : 1 ") == 2, done.stderr
 
 
+def test_ranks_that_got_no_signal_are_not_lost(tmp_path):
+    """Guards against a rank that ends a healthy run, because it alone was asked to stop."""
+    done = run_ranks(tmp_path, "slow")
+    assert done.returncode == 0, done.stderr
+    assert "lost" not in done.stderr
+    assert sorted(done.stdout.splitlines()) == [
+        "rank 0: stop True", "rank 1: stop False", "rank 2: stop False"]
+
+
 @pytest.fixture
 def found_missing(monkeypatch):
     """Pretends to be in a process group in which find_missing_ranks finds what the list holds."""
     found, exits = [[]], []
     monkeypatch.setattr(distributed.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(distributed.dist, "get_backend", lambda: "nccl")
+    monkeypatch.setattr(distributed.dist.distributed_c10d, "_get_default_store", dist.HashStore)
+    monkeypatch.setattr(distributed.dist, "get_rank", lambda: 0)
     monkeypatch.setattr(distributed, "find_missing_ranks", lambda seconds: found[0])
     monkeypatch.setattr(distributed, "exit_for_lost_ranks", lambda *args: exits.append(args[0]))
     return found, exits
@@ -78,7 +101,7 @@ def found_missing(monkeypatch):
 def test_only_a_blocked_rank_that_misses_another_exits(
         found_missing, missing, is_blocked, exits):
     found_missing[0][0] = missing
-    distributed.exit_if_ranks_are_lost(lambda: is_blocked)
+    distributed.watch_for_lost_ranks(True, lambda: is_blocked)
     assert found_missing[1] == ([missing] if exits else [])
 
 
@@ -86,13 +109,13 @@ def test_gloo_is_left_alone(found_missing, monkeypatch):
     """Its collectives fail by themselves, and wait long for a slow rank, which is not lost."""
     monkeypatch.setattr(distributed.dist, "get_backend", lambda: "gloo")
     found_missing[0][0] = ["1"]
-    distributed.exit_if_ranks_are_lost(lambda: True)
+    distributed.watch_for_lost_ranks(True, lambda: True)
     assert found_missing[1] == []
 
 
 def test_the_watching_thread_hears_sigterm_between_other_signals(capsys):
     heard = threading.Event()
-    with Signals(lambda is_blocked: heard.set()) as signals:
+    with Signals(lambda terminated, is_blocked: terminated and heard.set()) as signals:
         signal.raise_signal(signal.SIGUSR1)
         assert signals.save
         signal.raise_signal(signal.SIGTERM)
@@ -109,7 +132,7 @@ def test_signals_leave_no_thread_and_no_descriptor_behind():
     with socket.socket() as other:  # what asyncio or a notebook has installed
         other.setblocking(False)
         signal.set_wakeup_fd(other.fileno())
-        with Signals(lambda is_blocked: None) as signals:
+        with Signals(lambda terminated, is_blocked: None) as signals:
             (watching,) = set(threading.enumerate()) - before
         watching.join(timeout=60)
         assert not watching.is_alive()
