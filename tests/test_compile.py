@@ -10,8 +10,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import tiny_config
 from torch.nn.parallel import DistributedDataParallel as DDP
 
+import train_gpt2
 from gpt2lab import kernels, optim, parallel
 from gpt2lab.distributed import Ranks
 from train_gpt2 import GPT, GPTConfig
@@ -234,6 +236,28 @@ def test_step_if_does_the_ordinary_update_or_none(name, finite):
     states = [optimizer.state_dict()["state"] for optimizer in optimizers]
     for expected, state in zip(*[s.values() for s in states], strict=True):
         assert all(torch.equal(expected[key], state[key]) for key in expected)
+
+
+def test_the_host_reads_one_tensor_after_the_optimizer_has_stepped(
+        data_dir, tmp_path, monkeypatch):
+    """Guards against a GPU that waits for the host between the loss and the update."""
+    original_step, events = train_gpt2.training_step, []
+
+    def record(owner, name):
+        original = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args: events.append(name) or original(*args))
+
+    def training_step(run, *args):
+        record(run.optimizer, "step")
+        record(torch.Tensor, "tolist")
+        record(torch.Tensor, "item")
+        result = original_step(run, *args)
+        monkeypatch.undo()
+        return result
+
+    monkeypatch.setattr(train_gpt2, "training_step", training_step)
+    train_gpt2.train(tiny_config(data_dir, tmp_path, max_steps=1, eval_every=0, sample_every=0))
+    assert events == ["step", "tolist"]
 
 
 def test_the_host_reads_no_number_before_the_update_is_launched():
