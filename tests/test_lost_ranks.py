@@ -34,11 +34,14 @@ import os, signal, sys, threading
 import torch.distributed as dist
 from gpt2lab import distributed, signals
 ranks = distributed.init_distributed("cpu")
-distributed.BLOCKED_SECONDS = 3
+distributed.BLOCKED_SECONDS = 5
 distributed.BLOCKING_BACKENDS = ("gloo",)  # stands in for nccl
 signals.WATCH_SECONDS = 0.5
 with signals.Signals(distributed.watch_for_lost_ranks) as recorded:
-    dist.barrier()
+    store = dist.distributed_c10d._get_default_store()
+    store.set(f"ready/{ranks.ddp_rank}", "1")
+    # not a barrier, which fails on a rank that has not left it when another rank dies
+    store.wait([f"ready/{rank}" for rank in range(3)])
     if sys.argv[1] == "killed" and ranks.ddp_rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     if sys.argv[1] == "slow":
