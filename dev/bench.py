@@ -408,7 +408,7 @@ SCORERS = {"one by one": OneByOneScorer, "now": OurScorer}
 
 def hellaswag_gflop(rendered):
     """Billions of operations in the matmuls that score a list of RenderedExamples with 124M."""
-    trees = [scoring.build_prefix_tree(example) for example in rendered]
+    trees = [scoring.build_prefix_tree(*example[:2]) for example in rendered]
     nodes = sum(len(tree.tokens) for tree in trees)
     logit_rows = sum(len({node for node, _, _ in tree.scored}) for tree in trees)
     return 2 * (nodes * 12 * 12 * 768**2 + logit_rows * GPT2_VOCAB_SIZE * 768) / 1e9
@@ -419,7 +419,7 @@ def groups_of_similar_length(rendered, num_groups, size):
     Lists of `size` numbers of examples, from short to long ones. The examples of a group have
     similar lengths, as in a batch of the whole set.
     """
-    lengths = [len(scoring.build_prefix_tree(example).tokens) for example in rendered]
+    lengths = [len(scoring.build_prefix_tree(*example[:2]).tokens) for example in rendered]
     order = sorted(range(len(rendered)), key=lengths.__getitem__)
     middles = [round((i + 0.5) / num_groups * len(rendered)) for i in range(num_groups)]
     return [order[middle - size // 2:][:size] for middle in middles]

@@ -1,12 +1,12 @@
 """
 Losses of continuations: prefix trees, batches of them, and the accuracy that follows.
 
-The four rows of an example begin alike. score_trees computes them as one prefix tree, in which
-every token is computed once and attends only to its ancestors. score_rows computes every row whole,
-for models that cannot take a prefix tree.
+The rows of an example begin alike, for example a question with each of its answers. score_trees
+computes them as one prefix tree, in which every token is computed once and attends only to its
+ancestors. score_rows computes every row whole, for models that cannot take a prefix tree.
 
-`prepare` turns examples into batches, which score_hellaswag scores. Training prepares the examples
-once and scores them many times.
+score_examples scores the examples of any task. For HellaSwag, `prepare` turns examples into
+batches, which score_hellaswag scores. Training prepares them once and scores them many times.
 
 `model` is a GPT of train_gpt2.py. Its type here is Any, because gpt2lab does not import scripts.
 """
@@ -14,7 +14,7 @@ once and scores them many times.
 import math
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -33,6 +33,13 @@ LOGIT_ROWS_AT_ONCE = 256  # 256 rows of 50,304 float32 logits take 52 MB
 # prefix trees
 
 
+class Rows(NamedTuple):
+    """An example as token ids: rows of at least one token, each a context and then an ending."""
+
+    rows: list[list[int]]
+    num_scored: list[int]  # how many tokens at the end of each row are scored
+
+
 class PrefixTree(NamedTuple):
     """
     The prefix tree of an example's rows. A node stands for a token together with all tokens before
@@ -45,14 +52,14 @@ class PrefixTree(NamedTuple):
     scored: np.ndarray  # (S, 3) int32: (node, next token, row) for each token of each ending
 
 
-def build_prefix_tree(example: RenderedExample) -> PrefixTree:
-    """The prefix tree of an example, without the last token of each row, which predicts nothing."""
+def build_prefix_tree(rows: list[list[int]], num_scored: list[int]) -> PrefixTree:
+    """The prefix tree of some Rows, without the last token of each row, which predicts nothing."""
     tokens: list[int] = []
     parents: list[int] = []
     depths: list[int] = []
     scored: list[tuple[int, int, int]] = []
     nodes: dict[tuple[int, int], int] = {}  # (parent, token): node
-    for i, (row, num_scored) in enumerate(zip(example.rows, example.num_scored, strict=True)):
+    for i, (row, count) in enumerate(zip(rows, num_scored, strict=True)):
         parent = -1
         for depth, (token, next_token) in enumerate(pairwise(row)):
             node = nodes.get((parent, token))
@@ -61,7 +68,7 @@ def build_prefix_tree(example: RenderedExample) -> PrefixTree:
                 tokens.append(token)
                 parents.append(parent)
                 depths.append(depth)
-            if depth + 1 >= len(row) - num_scored:
+            if depth + 1 >= len(row) - count:
                 scored.append((node, next_token, i))
             parent = node
     return PrefixTree(tokens, parents, depths, np.array(scored, dtype=np.int32).reshape(-1, 3))
@@ -75,14 +82,19 @@ class TreeBatch(NamedTuple):
 
     idx: np.ndarray  # (B, N) int32, padded at the right
     pos: np.ndarray  # (B, N) int32, padded at the right
-    mask_bits: np.ndarray  # (B, 1, N, N / 8) uint8: the mask, eight values a byte
+    # (B, 1, N, N / 8) uint8: the mask, eight values a byte. None if every tree has a single row,
+    # because causal attention is then the same, and faster
+    mask_bits: np.ndarray | None
     positions: np.ndarray  # (P) int32, in the flattened idx: where logits are needed
     inverse: np.ndarray  # (S) int32: which of the positions predicts each scored token
     targets: np.ndarray  # (S) int32: the scored tokens
-    endings: np.ndarray  # (S) int32: whose ending it is, 4 * tree + row
+    endings: np.ndarray  # (S) int32: whose ending it is, a row among the R rows of all trees
+    num_rows: list[int]  # of each tree. They add up to R
 
-    def mask(self) -> np.ndarray:
+    def mask(self) -> np.ndarray | None:
         """(B, 1, N, N) bool. mask[b, 0, i, j] is True where node i of tree b attends to node j."""
+        if self.mask_bits is None:
+            return None
         return np.unpackbits(self.mask_bits, axis=-1).view(bool)
 
 
@@ -91,72 +103,101 @@ def padded_size(num_nodes: int) -> int:
     return math.ceil(max(num_nodes, 1) / 8) * 8
 
 
-def collate_trees(trees: Sequence[PrefixTree]) -> TreeBatch:
-    """The batch of some prefix trees."""
+def tree_mask(parents: list[int], N: int) -> np.ndarray:
+    """(N, N) bool, True where a node of a prefix tree attends to another: itself, its ancestors."""
+    # padding attends to itself, because a softmax over nothing is NaN
+    mask = np.eye(N, dtype=bool)
+    # nodes follow each other in runs, in which each is the parent of the next
+    starts = [node for node, parent in enumerate(parents) if parent != node - 1 or node == 0]
+    for start, end in pairwise([*starts, len(parents)]):
+        mask[start:end, start:end] = np.tri(end - start, dtype=bool)
+        if parents[start] >= 0:
+            mask[start:end, :start] = mask[parents[start], :start]
+    return mask
+
+
+def collate_trees(trees: Sequence[PrefixTree], num_rows: list[int]) -> TreeBatch:
+    """The batch of some prefix trees. `num_rows` says how many rows each tree holds."""
     N = padded_size(max(len(tree.tokens) for tree in trees))
     idx, pos = np.zeros((2, len(trees), N), dtype=np.int32)
-    mask = np.zeros((len(trees), 1, N, N), dtype=bool)
-    # every node attends to itself. So does padding, because a softmax over nothing is NaN
-    mask[:] = np.eye(N, dtype=bool)
     for i, tree in enumerate(trees):
         idx[i, :len(tree.tokens)] = tree.tokens
         pos[i, :len(tree.tokens)] = tree.depths
-        rows = mask[i, 0]
-        for node, parent in enumerate(tree.parents):
-            if parent >= 0:
-                rows[node] |= rows[parent]  # a node attends to all its ancestors
-    scored = np.concatenate([tree.scored + np.array([i * N, 0, 4 * i], dtype=np.int32)
+    mask_bits = None
+    if max(num_rows) > 1:
+        mask_bits = np.packbits([[tree_mask(tree.parents, N)] for tree in trees], axis=-1)
+    first_rows = np.cumsum([0, *num_rows])
+    scored = np.concatenate([tree.scored + np.array([i * N, 0, first_rows[i]], dtype=np.int32)
                              for i, tree in enumerate(trees)])  # (S, 3)
     all_positions, targets, endings = scored.T.copy()
     # several endings can begin with the same tokens: compute the logits of a position once
     positions, inverse = np.unique(all_positions, return_inverse=True)
-    return TreeBatch(idx, pos, np.packbits(mask, axis=-1), positions, inverse.astype(np.int32),
-                     targets, endings)
+    return TreeBatch(idx, pos, mask_bits, positions, inverse.astype(np.int32), targets, endings,
+                     num_rows)
 
 
 # -----------------------------------------------------------------------------
 # losses of a batch
 
 
+class TokenScores(NamedTuple):
+    """What a model finds of S scored tokens, each with the tokens before it in its row."""
+
+    losses: np.ndarray  # (S) float32, in nats
+    greedy: np.ndarray  # (S) bool: whether this token is the likeliest one
+    endings: np.ndarray  # (S) int: the row of each, in increasing order
+
+
 @torch.inference_mode()
-def score_trees(model: Any, batch: TreeBatch, device: torch.device, vocab_size: int) -> np.ndarray:
+def score_trees(model: Any, batch: TreeBatch, device: torch.device, vocab_size: int) -> TokenScores:
     """
-    Summed losses (nats) of the endings of B examples, an array (B, 4). `model` must have a GPT's
-    `hidden`, which takes positions and a mask.
+    The scores of the tokens of a batch. `model` must have a GPT's `hidden`, which takes positions
+    and a mask.
     """
-    mask = torch.from_numpy(batch.mask()).to(device)  # (B, 1, N, N)
+    mask = batch.mask()
+    mask = None if mask is None else torch.from_numpy(mask).to(device)  # (B, 1, N, N)
     idx, pos, positions, inverse, targets = (
         torch.from_numpy(array).to(device).long()
         for array in (batch.idx, batch.pos, batch.positions, batch.inverse, batch.targets))
     x = model.hidden(idx, pos=pos, mask=mask).flatten(0, 1)[positions]  # (P, C)
     # -log softmax(logits)[target] = logsumexp(logits) - logits[target]
-    logsumexps = torch.cat([model.lm_head(rows)[:, :vocab_size].float().logsumexp(1)
-                            for rows in x.split(LOGIT_ROWS_AT_ONCE)])  # (P)
+    logsumexps, likeliest = [], []
+    for rows in x.split(LOGIT_ROWS_AT_ONCE):
+        logits = model.lm_head(rows)[:, :vocab_size].float()  # (rows, vocab_size)
+        logsumexps.append(logits.logsumexp(1))
+        likeliest.append(logits.argmax(1))
     target_logits = (x[inverse].float() * model.transformer.wte.weight[targets].float()).sum(1)
-    losses = (logsumexps[inverse] - target_logits).cpu().numpy()  # (S)
-    return np.bincount(batch.endings, losses, minlength=4 * len(idx)).reshape(-1, 4)
+    losses = torch.cat(logsumexps)[inverse] - target_logits  # (S)
+    greedy = torch.cat(likeliest)[inverse] == targets  # (S)
+    return TokenScores(losses.cpu().numpy(), greedy.cpu().numpy(), batch.endings)
 
 
 @torch.inference_mode()
 def score_rows(model: Any, batch: Sequence[RenderedExample], device: torch.device,
-               vocab_size: int) -> np.ndarray:
+               vocab_size: int) -> TokenScores:
     """
-    The losses of score_trees, for any `model` with `model(idx).logits`. Every row is computed
+    The scores of score_trees, for any `model` with `model(idx).logits`. Every row is computed
     whole, with logits at every position.
     """
     rows = [row for example in batch for row in example.rows]
     num_scored = [count for example in batch for count in example.num_scored]
-    idx = torch.zeros(len(rows), max(1, *map(len, rows)), dtype=torch.int64)  # (4 B, N)
+    idx = torch.zeros(len(rows), max(1, *map(len, rows)), dtype=torch.int64)  # (R, N)
     scored = []  # (row, position that predicts the token, token)
     for i, (row, count) in enumerate(zip(rows, num_scored, strict=True)):
         idx[i, :len(row)] = torch.tensor(row)
         scored += [(i, t - 1, row[t]) for t in range(len(row) - count, len(row))]
     output = model(idx.to(device))
-    logits = output.logits if hasattr(output, "logits") else output[0]  # (4 B, N, V)
+    logits = output.logits if hasattr(output, "logits") else output[0]  # (R, N, V)
     endings, positions, targets = torch.tensor(scored).reshape(-1, 3).T.to(device)
     logits = logits[endings, positions, :vocab_size].float()  # (S, V)
     losses = F.cross_entropy(logits, targets, reduction="none")
-    return np.bincount(endings.cpu(), losses.cpu().numpy(), minlength=len(rows)).reshape(-1, 4)
+    greedy = logits.argmax(1) == targets
+    return TokenScores(losses.cpu().numpy(), greedy.cpu().numpy(), endings.cpu().numpy())
+
+
+def sum_losses(scores: TokenScores, num_rows: int) -> np.ndarray:
+    """The summed losses (nats) of the endings of all rows, an array (num_rows)."""
+    return np.bincount(scores.endings, scores.losses, minlength=num_rows)
 
 
 def group_by_size(sizes: Sequence[int], batch_tokens: int) -> list[list[int]]:
@@ -176,7 +217,82 @@ def group_by_size(sizes: Sequence[int], batch_tokens: int) -> list[list[int]]:
 
 
 # -----------------------------------------------------------------------------
-# examples in batches
+# the examples of any task
+
+
+class ExampleScores(NamedTuple):
+    """What a model finds of the endings of an example's R rows."""
+
+    loss_sums: np.ndarray  # (R) float64: the summed loss of each ending, in nats
+    all_greedy: np.ndarray  # (R) bool: whether each of its tokens is the likeliest one
+    last_greedy: np.ndarray  # (R) bool: whether its last token is the likeliest one
+
+
+def default_batch_tokens(device: torch.device) -> int:
+    """How many tokens are scored at once: enough for two CPU cores or a GPU, in less than 1 GB."""
+    return 1024 if device.type == "cpu" else 8192
+
+
+class Part(NamedTuple):
+    """A prefix tree that holds all rows of an example, or one of them."""
+
+    example: int
+    row_numbers: list[int]  # of the example's rows
+    tree: PrefixTree
+
+
+def split_example(number: int, example: Rows) -> list[Part]:
+    """
+    The Parts of an example: one if all rows begin with the same token, else one for each row. Rows
+    that lost their left parts share nothing, and would make the mask of one tree large.
+    """
+    row_numbers = list(range(len(example.rows)))
+    if len({row[0] for row in example.rows}) == 1:
+        return [Part(number, row_numbers, build_prefix_tree(*example))]
+    return [Part(number, [i], build_prefix_tree([row], [count]))
+            for i, row, count in zip(row_numbers, example.rows, example.num_scored, strict=True)]
+
+
+def score_endings(model: Any, parts: Sequence[Part], device: torch.device,
+                  vocab_size: int) -> ExampleScores:
+    """The scores of the rows of all `parts`, one after the other, which are a batch of trees."""
+    num_rows = [len(part.row_numbers) for part in parts]
+    batch = collate_trees([part.tree for part in parts], num_rows)
+    with attention_of_any_shape(device):
+        scores = score_trees(model, batch, device, vocab_size)
+    misses = np.bincount(scores.endings, ~scores.greedy, minlength=sum(num_rows))
+    last_greedy = np.ones(sum(num_rows), dtype=bool)
+    last_greedy[scores.endings] = scores.greedy  # a row's last token is the last one to be written
+    return ExampleScores(sum_losses(scores, sum(num_rows)), misses == 0, last_greedy)
+
+
+def score_examples(model: Any, examples: Sequence[Rows], device: torch.device, vocab_size: int,
+                   batch_tokens: int | None = None) -> Iterator[tuple[int, ExampleScores]]:
+    """
+    Yield (index, ExampleScores) for each of the `examples`, in a mixed order. `model` is a GPT. No
+    row may be longer than its block_size or without a token, or have all of its tokens scored,
+    because no token comes before the first one.
+    """
+    parts = [part for i, example in enumerate(examples) for part in split_example(i, example)]
+    results = [ExampleScores(np.zeros(len(example.rows)), *np.ones((2, len(example.rows)), bool))
+               for example in examples]
+    missing = [len(example.rows) for example in examples]  # rows without scores so far
+    sizes = [padded_size(len(part.tree.tokens)) for part in parts]
+    for group in group_by_size(sizes, batch_tokens or default_batch_tokens(device)):
+        batch = [parts[i] for i in group]
+        scores = score_endings(model, batch, device, vocab_size)
+        start = 0
+        for number, row_numbers, _ in batch:
+            end = start + len(row_numbers)
+            for whole, part in zip(results[number], scores, strict=True):
+                whole[row_numbers] = part[start:end]
+            start, missing[number] = end, missing[number] - len(row_numbers)
+            if not missing[number]:
+                yield number, results[number]
+
+
+# -----------------------------------------------------------------------------
+# HellaSwag's examples in batches
 
 
 class Question(NamedTuple):
@@ -208,8 +324,7 @@ def prepare(model: Any, tokenizer: Tokenizer, examples: Sequence[dict], ranks: R
 
     The batches suit any model of the class and block_size of `model`.
     """
-    if batch_tokens is None:  # enough for two CPU cores or a GPU, in less than 1 GB
-        batch_tokens = 1024 if ranks.device.type == "cpu" else 8192
+    batch_tokens = batch_tokens or default_batch_tokens(ranks.device)
     block_size = getattr(model.config, "block_size", None) or model.config.n_positions
     numbers = range(ranks.ddp_rank, len(examples), ranks.ddp_world_size)
     rendered = render_examples(
@@ -217,9 +332,10 @@ def prepare(model: Any, tokenizer: Tokenizer, examples: Sequence[dict], ranks: R
     questions = [make_question(number, examples[number], rendering)
                  for number, rendering in zip(numbers, rendered, strict=True)]
     if hasattr(model, "hidden"):
-        trees = [build_prefix_tree(example) for example in rendered]
+        trees = [build_prefix_tree(example.rows, example.num_scored) for example in rendered]
         groups = group_by_size([padded_size(len(tree.tokens)) for tree in trees], batch_tokens)
-        inputs: list = [collate_trees([trees[i] for i in group]) for group in groups]
+        inputs: list = [collate_trees([trees[i] for i in group], [4] * len(group))
+                        for group in groups]
     else:  # with 1,024 tokens, the logits take 200 MB
         sizes = [4 * max(map(len, example.rows)) for example in rendered]
         groups = group_by_size(sizes, min(batch_tokens, 1024))
@@ -307,7 +423,8 @@ def score_hellaswag(
         if stop():
             break
         with attention_of_any_shape(ranks.device):
-            loss_sums = score_batch(model, batch, ranks.device, prepared.vocab_size)  # (B, 4)
+            scores = score_batch(model, batch, ranks.device, prepared.vocab_size)
+        loss_sums = sum_losses(scores, 4 * len(questions)).reshape(-1, 4)
         for question, ending_sums in zip(questions, loss_sums, strict=True):
             result = make_result(question, ending_sums)
             results.append(result)

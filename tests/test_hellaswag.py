@@ -116,7 +116,7 @@ def test_a_hugging_face_model_gets_the_same_scores(log_dir, tmp_path):
 
 def test_a_prefix_tree_holds_shared_beginnings_once():
     rows = [[1, 2, 3, 4], [1, 2, 3, 5, 6], [1, 2, 7], [1, 2, 7]]
-    tree = scoring.build_prefix_tree(tasks.RenderedExample(rows, [2, 3, 1, 1], [1] * 4, False))
+    tree = scoring.build_prefix_tree(rows, [2, 3, 1, 1])
     assert tree.tokens == [1, 2, 3, 5] and tree.parents == [-1, 0, 1, 2]
     assert tree.depths == [0, 1, 2, 3]
     assert tree.scored.tolist() == [[1, 3, 0], [2, 4, 0], [1, 3, 1], [2, 5, 1], [3, 6, 1],
@@ -124,9 +124,8 @@ def test_a_prefix_tree_holds_shared_beginnings_once():
 
 
 def test_branches_of_a_prefix_tree_do_not_attend_to_each_other():
-    tree = scoring.build_prefix_tree(
-        tasks.RenderedExample([[1, 2, 4], [1, 3, 4]], [1, 1], [1, 1], False))
-    batch = scoring.collate_trees([tree])
+    tree = scoring.build_prefix_tree([[1, 2, 4], [1, 3, 4]], [1, 1])
+    batch = scoring.collate_trees([tree], [2])
     assert batch.idx[0].tolist() == [1, 2, 3, 0, 0, 0, 0, 0]
     assert batch.pos[0, :3].tolist() == [0, 1, 1]
     assert batch.mask()[0, 0, :4, :4].tolist() == [
