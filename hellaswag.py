@@ -27,9 +27,10 @@ from gpt2lab import kernels
 from gpt2lab.checkpoints import default_source, list_model_files
 from gpt2lab.cli import UserError, make_parser, run_main
 from gpt2lab.distributed import Ranks, init_distributed, on_master
+from gpt2lab.downloads import download_on_each_node
 from gpt2lab.files import check_output, write_output
 from gpt2lab.scoring import Score, count_correct, prepare, score_hellaswag, standard_error
-from gpt2lab.tasks import OFFICIAL_FILES, download_on_each_node, iterate_examples
+from gpt2lab.tasks import OFFICIAL_FILES, iterate_examples, official_file
 from train_gpt2 import load
 
 # -----------------------------------------------------------------------------
@@ -98,7 +99,8 @@ def compare(path_a: str, path_b: str) -> None:
 
 def load_examples(args: argparse.Namespace, ranks: Ranks) -> list[dict]:
     """The examples that the command line asks for. Raises UserError or OSError."""
-    path = download_on_each_node(args.split, ranks) if args.data is None else Path(args.data)
+    path = Path(args.data) if args.data is not None else download_on_each_node(
+        official_file(args.split), ranks)
     fields = ["endings"]
     fields += ["activity_label", "ctx_a", "ctx_b"] if args.lm_eval_style else ["ctx"]
     if args.split != "test":

@@ -476,7 +476,7 @@ def time_host(examples, count=10_042):
 def bench_hellaswag(num_groups=4, size=12):
     """HellaSwag examples a second, beside scoring one example at a time."""
     folder = os.environ.get("GPT2_TEST_DATA")
-    path = Path(folder) / "hellaswag_val_402.jsonl" if folder else tasks.download()
+    path = Path(folder) / "hellaswag_val_402.jsonl" if folder else tasks.DATA_FILE
     examples = list(tasks.iterate_examples(path))
     rendered = tasks.render_examples(examples, Tokenizer("gpt2"), 1024)
     seconds, differences, rates, gflop = dict.fromkeys(SCORERS, 0.0), [], [], 0.0

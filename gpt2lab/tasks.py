@@ -1,18 +1,16 @@
-"""HellaSwag's examples: downloading the official files, reading them, turning them into tokens."""
+"""HellaSwag's examples: the official files, reading them, turning them into tokens."""
 
-import hashlib
 import json
 import os
 import re
-import time
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-from gpt2lab.cli import UserError, env_ranks
-from gpt2lab.distributed import Ranks, sum_over_ranks
-from gpt2lab.files import write_atomically
+from gpt2lab.cli import UserError
+from gpt2lab.distributed import Ranks
+from gpt2lab.downloads import OfficialFile, download_on_each_node, first_on_node
 from gpt2lab.tokenizer import Tokenizer
 
 # -----------------------------------------------------------------------------
@@ -27,71 +25,14 @@ OFFICIAL_FILES = {  # split: (bytes, sha256)
 }
 
 
-def local_path(split: str) -> Path:
-    """Where download() puts the official file of a split."""
-    return DATA_FILE.with_name(f"hellaswag_{split}.jsonl")
-
-
-def download(split: str = "val") -> Path:
+def official_file(split: str) -> OfficialFile:
     """
-    Download the official file of a split (train, val or test) unless it is there, and return its
-    path. HELLASWAG_URL in the environment names a mirror; "{split}" in it stands for the split.
-    Raises OSError if five attempts fail, if more of them would be in vain, or if the file is not
-    the official one.
+    The official file of a split: train, val or test. HELLASWAG_URL in the environment names a
+    mirror; "{split}" in it stands for the split.
     """
-    path = local_path(split)
-    if path.is_file():
-        return path
-    import requests
-    url = (os.environ.get("HELLASWAG_URL") or DATA_URL).replace("{split}", split)
-    size, sha256 = OFFICIAL_FILES[split]
-    for attempt in range(5):
-        try:
-            response = requests.get(url, timeout=30)
-            response.raise_for_status()
-            if len(response.content) < size:
-                raise requests.ConnectionError(
-                    f"received only {len(response.content)} of {size} bytes")
-            break
-        except requests.RequestException as error:
-            status = getattr(error.response, "status_code", None)
-            # the answer stays the same if there is no such file (404) or the URL is not one, but
-            # not if the server is too busy (429)
-            final = isinstance(error, ValueError) or (status in range(300, 500) and status != 429)
-            if final or attempt == 4:
-                raise OSError(f"cannot download {url} ({error}): set HELLASWAG_URL to a mirror, or "
-                              f"put the file at {path}") from error
-            time.sleep(0.5 * 2 ** attempt)
-    if hashlib.sha256(response.content).hexdigest() != sha256:
-        raise OSError(f"{url} is not the official {split} file, because its sha256 differs: set "
-                      f"HELLASWAG_URL to another mirror, or put the file at {path}")
-    path.parent.mkdir(exist_ok=True)
-    write_atomically(path, lambda file: file.write(response.content))
-    return path
-
-
-def first_on_node() -> bool:
-    """Whether this process is the first of those that torchrun started on this node."""
-    return env_ranks().local_rank == 0
-
-
-def download_on_each_node(split: str, ranks: Ranks) -> Path:
-    """
-    Path of the official file of a split, for all ranks to call together. The first process of each
-    node downloads the file, and the others wait. If any rank lacks the file, every rank raises
-    OSError, so that no rank waits for one that gave up.
-    """
-    error: OSError | None = None
-    if first_on_node():
-        try:
-            download(split)
-        except OSError as caught:
-            error = caught
-    path = local_path(split)
-    sum_over_ranks([0], ranks.device)  # waits until every node has finished its download
-    if sum_over_ranks([not path.is_file()], ranks.device)[0]:
-        raise error or OSError(f"another process could not download {path}")
-    return path
+    url = os.environ.get("HELLASWAG_URL") or DATA_URL
+    return OfficialFile(DATA_FILE.with_name(f"hellaswag_{split}.jsonl"),
+                        url.replace("{split}", split), "HELLASWAG_URL", *OFFICIAL_FILES[split])
 
 
 def load_evenly_spaced(limit: int, ranks: Ranks) -> list[dict]:
@@ -101,7 +42,7 @@ def load_evenly_spaced(limit: int, ranks: Ranks) -> list[dict]:
     empty list if the file cannot be downloaded.
     """
     try:
-        path = download_on_each_node("val", ranks)
+        path = download_on_each_node(official_file("val"), ranks)
     except OSError as error:
         if first_on_node():
             print(f"warning: training goes on without HellaSwag: {error}")

@@ -15,7 +15,7 @@ from reference import score_one_by_one
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import hellaswag
-from gpt2lab import device, generate, scoring, tasks
+from gpt2lab import device, downloads, generate, scoring, tasks
 from gpt2lab.cli import UserError
 from gpt2lab.distributed import Ranks
 from gpt2lab.tokenizer import train_bpe
@@ -465,21 +465,31 @@ def mirror(monkeypatch, tmp_path):
     content = settings["content"]
     monkeypatch.setitem(tasks.OFFICIAL_FILES, "val",
                         (len(content), hashlib.sha256(content).hexdigest()))
-    monkeypatch.setattr(tasks.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(downloads.time, "sleep", lambda seconds: None)
     monkeypatch.chdir(tmp_path)
     yield settings
     server.shutdown()
 
 
+def download():
+    """Download the val split in one process."""
+    return downloads.download(tasks.official_file("val"))
+
+
+def download_together():
+    """Download the val split as one of several processes."""
+    return downloads.download_on_each_node(tasks.official_file("val"), Ranks(CPU))
+
+
 def test_download_retries_and_does_not_repeat_itself(mirror):
-    tasks.download()
-    tasks.download()
+    download()
+    download()
     assert tasks.DATA_FILE.read_bytes() == mirror["content"] and mirror["requests"] == 3
 
 
 def test_download_follows_redirects(mirror):
     mirror.update(failures=0, redirects={"/val.jsonl": "/elsewhere"})
-    assert tasks.download().read_bytes() == mirror["content"] and mirror["requests"] == 2
+    assert download().read_bytes() == mirror["content"] and mirror["requests"] == 2
 
 
 @pytest.mark.parametrize("changes, url, requests", [
@@ -491,17 +501,17 @@ def test_download_is_not_repeated_where_that_is_in_vain(
     if url:
         monkeypatch.setenv("HELLASWAG_URL", url)
     if requests == 3:  # a server that is too busy for a moment
-        tasks.download()
+        download()
     else:
         with pytest.raises(OSError, match="set HELLASWAG_URL to a mirror"):
-            tasks.download()
+            download()
     assert mirror["requests"] == requests
 
 
 def test_an_empty_HELLASWAG_URL_counts_as_unset(mirror, monkeypatch):
     monkeypatch.setattr(tasks, "DATA_URL", os.environ["HELLASWAG_URL"])
     monkeypatch.setenv("HELLASWAG_URL", "")
-    assert tasks.download().read_bytes() == mirror["content"]
+    assert download().read_bytes() == mirror["content"]
 
 
 def test_only_the_first_process_of_a_node_downloads(mirror, monkeypatch):
@@ -509,12 +519,12 @@ def test_only_the_first_process_of_a_node_downloads(mirror, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(OSError, match="another process could not download"):
-        tasks.download_on_each_node("val", Ranks(CPU))
+        download_together()
     assert mirror["requests"] == 0
     monkeypatch.setenv("LOCAL_RANK", "0")
-    assert tasks.download_on_each_node("val", Ranks(CPU)) == tasks.DATA_FILE
+    assert download_together() == tasks.DATA_FILE
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert tasks.download_on_each_node("val", Ranks(CPU)) == tasks.DATA_FILE
+    assert download_together() == tasks.DATA_FILE
     assert mirror["requests"] == 3
 
 
@@ -525,8 +535,8 @@ def test_a_mirror_that_fails_or_serves_another_file_is_an_error(mirror, monkeypa
     mirror["failures"] = 0
     monkeypatch.setitem(tasks.OFFICIAL_FILES, "val", (1000, "0" * 64))
     with pytest.raises(OSError, match="received only 21 of 1000 bytes"):
-        tasks.download()
+        download()
     monkeypatch.setitem(tasks.OFFICIAL_FILES, "val", (10, "0" * 64))
     with pytest.raises(OSError, match="not the official"):
-        tasks.download()
+        download()
     assert not tasks.DATA_FILE.exists()
