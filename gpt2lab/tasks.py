@@ -73,14 +73,20 @@ def iterate_examples(
                 raise UserError(f"{path}, line {number} {error}") from error
 
 
-def parse_example(line: bytes, fields: Sequence[str]) -> dict:
-    """The example in a line of JSON. Raises ValueError whose message follows "line 7 "."""
+def parse_json_object(line: bytes) -> dict:
+    """The object in a line of JSON. Raises ValueError whose message follows "line 7 "."""
     try:
-        example = json.loads(line.decode("utf-8-sig"))
+        value = json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"is not JSON in UTF-8 ({error})") from error
-    if not isinstance(example, dict):
+    if not isinstance(value, dict):
         raise ValueError("is not a JSON object")
+    return value
+
+
+def parse_example(line: bytes, fields: Sequence[str]) -> dict:
+    """The example in a line of JSON. Raises ValueError whose message follows "line 7 "."""
+    example = parse_json_object(line)
     missing = [field for field in fields if field not in example]
     if missing:
         raise ValueError(f"lacks {', '.join(missing)}")
