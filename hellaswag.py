@@ -29,27 +29,19 @@ from gpt2lab.cli import UserError, make_parser, run_main
 from gpt2lab.distributed import Ranks, init_distributed, on_master
 from gpt2lab.downloads import download_on_each_node
 from gpt2lab.files import check_output, write_output
-from gpt2lab.scoring import Score, count_correct, prepare, score_hellaswag, standard_error
+from gpt2lab.scoring import (
+    Score,
+    count_correct,
+    mcnemar,
+    prepare,
+    score_hellaswag,
+    standard_error,
+)
 from gpt2lab.tasks import OFFICIAL_FILES, iterate_examples, official_file
 from train_gpt2 import load
 
 # -----------------------------------------------------------------------------
 # comparing two models
-
-
-def mcnemar(only_a: int, only_b: int) -> float:
-    """
-    Two-sided p-value of McNemar's exact test: the probability that only_a + only_b tosses of a fair
-    coin split at least as unevenly as only_a : only_b. only_a counts the examples that only model a
-    has right, only_b those that only model b has right.
-    """
-    n = only_a + only_b
-    outcomes = 1  # how many of the 2**n outcomes have k heads, beginning with k = 0
-    tail = 1  # how many have at most k heads
-    for k in range(1, min(only_a, only_b) + 1):
-        outcomes = outcomes * (n - k + 1) // k  # n choose k
-        tail += outcomes
-    return min(1.0, 2 * tail / 2 ** n)
 
 
 def read_results(path: str) -> dict[int, dict]:

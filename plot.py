@@ -1,5 +1,5 @@
 """
-Draws the curves in log.txt: losses, HellaSwag accuracy, learning rate and gradient norm.
+Draws the curves in log.txt: losses, accuracies, learning rate and gradient norm.
 
     python plot.py                           # log/ -> log/loss.png
     python plot.py log other_log --out both.png
@@ -23,6 +23,11 @@ from gpt2lab.tokenizer import GPT2_VOCAB_SIZE
 # accuracy of GPT-3 is from its paper
 REFERENCES = {"val": [(3.2924, "OpenAI GPT-2 124M")],
               "hella": [(0.2955, "OpenAI GPT-2 124M"), (0.337, "GPT-3 124M")]}
+
+
+# what else log.txt can hold is the accuracy of a task of --eval_tasks, except for wikitext, whose
+# bits per byte have another scale
+STREAMS = {"train", "val", "hella", "lr", "norm", "wikitext"}
 
 
 def is_fineweb_edu(run):
@@ -97,13 +102,14 @@ def plot(log_dirs, out):
             steps, values = log.get(stream, ((), ()))
             values = smooth(values) if stream == "norm" else values
             axes.plot(np.multiply(steps, scale), values, line_or_dot(steps), **style)
-    for axes, title in ((loss, "loss (nats a token)"), (hella, "HellaSwag accuracy"),
+        draw_tasks(hella, log, scale, style["color"])
+    for axes, title in ((loss, "loss (nats a token)"), (hella, panel_title(logs)),
                         (lr, "learning rate"), (norm, "gradient norm (smoothed)")):
         axes.set_title(title)
         axes.grid(alpha=0.3)
         label_x_axis(axes, over_tokens, batch_size)
-    for axes, stream in panels:
-        if not any(stream in log for log in logs):
+    for axes, _ in panels:
+        if not any(len(line.get_xdata()) for line in axes.lines):
             axes.set_axis_off()  # an empty grid would look like a failure
     if all(is_fineweb_edu(run) for run in runs):
         draw_references({"val": loss, "hella": hella})
@@ -141,6 +147,22 @@ def draw_loss(axes, log, scale, style):
     losses = [value for value in (*values, *val_values) if math.isfinite(value)]
     if losses:  # the first steps have such high losses that they would flatten the rest: cut them
         axes.set_ylim(top=max(axes.get_ylim()[0], 2.2 * min(losses)))
+
+
+def panel_title(logs):
+    """The title of the panel of HellaSwag, which also shows the tasks of --eval_tasks."""
+    if any(set(log) - STREAMS for log in logs):
+        return "accuracy (HellaSwag, dashed: other tasks)"
+    return "HellaSwag accuracy"
+
+
+def draw_tasks(axes, log, scale, color):
+    """Draw the accuracies of --eval_tasks as dashed lines with the names of the tasks."""
+    for stream in sorted(set(log) - STREAMS):
+        steps, values = log[stream]
+        axes.plot(np.multiply(steps, scale), values, "--." if len(steps) == 1 else "--",
+                  color=color)
+        axes.annotate(stream, (steps[-1] * scale, values[-1]), ha="right", va="bottom", fontsize=8)
 
 
 def label_x_axis(axes, over_tokens, batch_size):

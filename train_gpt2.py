@@ -28,6 +28,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 import fineweb
 import plot
 from gpt2lab import (
+    benchmarks,
     checkpoints,
     cli,
     distributed,
@@ -39,7 +40,6 @@ from gpt2lab import (
     presets,
     pretrained,
     report,
-    scoring,
     shards,
 )
 from gpt2lab.cli import UserError, option
@@ -382,6 +382,9 @@ class TrainConfig:
     val_tokens: int = option(0, "validation tokens; 0: 20 x total_batch_size, that is 10,485,760")
     hellaswag_every: int = option(250, "updates between HellaSwag evaluations; 0: never")
     hellaswag_limit: int = option(0, "HellaSwag examples; 0: all on CUDA, 200 elsewhere")
+    eval_tasks: str | None = option(None, "also score these of evaluate.py, such as lambada,piqa")
+    eval_tasks_every: int = option(1000, "updates between evaluations of these; 0: only at the end")
+    eval_tasks_limit: int = option(500, "examples of each of these; 0: all")
     sample_every: int = option(250, "updates between samples; 0: only at the end")
     sample_prompt: str = option("Hello, I'm a language model,", "what samples start with")
     save_every: int = option(1000, "updates between checkpoints; 0: only at the end")
@@ -403,6 +406,7 @@ class TrainConfig:
 
     def __post_init__(self):
         cli.check_ranges(self)
+        benchmarks.expand_names(cli.split_list(self.eval_tasks))  # raises for an unknown name
         if self.T > self.block_size:
             raise UserError(f"--T {self.T} is longer than block_size {self.block_size}: "
                             "lower --T or raise --block_size")
@@ -446,7 +450,7 @@ class Run:
     tokenizer: object  # the gpt2lab.tokenizer.Tokenizer of the data
     train_loader: DataLoaderLite
     val_loader: DataLoaderLite
-    hellaswag_examples: scoring.PreparedExamples | None  # None if HellaSwag is not evaluated
+    benchmarks: list[benchmarks.Scheduled]  # HellaSwag and those of --eval_tasks
     raw_model: GPT  # owns the weights: it is saved, evaluated and sampled
     model: nn.Module  # raw_model, compiled and in DDP: only for the training step's fixed shapes
     optimizer: torch.optim.Optimizer
@@ -513,9 +517,9 @@ def setup(config):
     if use_compile:
         model = parallel.compile_or_fall_back(
             model, raw_model, train_loader.batch(start_step), config, ranks, dtype)
-    examples = scoring.prepare_for_training(raw_model, tokenizer, config, ranks)
+    scheduled = benchmarks.schedule(raw_model, tokenizer, config, ranks)
     run = Run(config=config, ranks=ranks, dtype=dtype, tokenizer=tokenizer,
-              train_loader=train_loader, val_loader=val_loader, hellaswag_examples=examples,
+              train_loader=train_loader, val_loader=val_loader, benchmarks=scheduled,
               raw_model=raw_model, model=model, optimizer=optimizer, scaler=scaler, log=log)
     return run, start_step, resumed_from
 
@@ -566,9 +570,9 @@ def evaluate(run, step, result, signals):
     """
     config, ranks, tokenizer = run.config, run.ranks, run.tokenizer
     val_due = due(config.eval_every, step, config)
-    hellaswag_due = run.hellaswag_examples and due(config.hellaswag_every, step, config)
+    benchmarks_due = [each for each in run.benchmarks if due(each.every, step, config)]
     samples_due = due(config.sample_every, step, config)
-    if not (val_due or hellaswag_due or samples_due):
+    if not (val_due or benchmarks_due or samples_due):
         return False
     with parallel.evaluation_model(run.raw_model, ranks.device) as model:
         if val_due:
@@ -578,14 +582,13 @@ def evaluate(run, step, result, signals):
                 return True
             result["val_loss"] = val_loss  # nats a token
             result["bits_per_byte"] = report.val_loss(run, step, val_loss)
-        if hellaswag_due:
+        for benchmark in benchmarks_due:
             with autocast(ranks.device, run.dtype):
-                line, accuracy = scoring.summarize_accuracy(
-                    model, run.hellaswag_examples, ranks, lambda: signals.stop)
+                line, values = benchmark.score(model, lambda: signals.stop)
             if distributed.on_any_rank(signals.stop, ranks.device):
                 return True
             ranks.print0(line)
-            run.log(step, hella=accuracy)
+            run.log(step, **values)
         if samples_due and ranks.master_process:
             prompt = tokenizer.encode(config.sample_prompt)
             rows = generate(model, prompt, tokenizer.eot, tokenizer.vocab_size, num_samples=4,

@@ -5,6 +5,7 @@ Measures the speeds that this project claims, each beside a peer where there is 
     python -m dev.bench data        # text to shards, beside build-nanogpt's way and bare tiktoken
     python -m dev.bench loader      # reading a batch, beside a training step
     python -m dev.bench hellaswag   # examples a second, beside scoring them one by one
+    python -m dev.bench evaluate    # CORE's examples a second, beside nanochat's way
     python -m dev.bench sample      # tokens a second, beside Hugging Face and CTranslate2
     python -m dev.bench step        # training GPT-2 124M, beside plain PyTorch and Hugging Face
     python -m dev.bench loop        # what an update spends outside of forward and backward
@@ -21,7 +22,6 @@ import functools
 import importlib.util
 import itertools
 import json
-import mmap
 import multiprocessing
 import os
 import statistics
@@ -31,7 +31,6 @@ import tempfile
 import time
 import types
 from collections import deque
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +38,9 @@ import torch
 
 import fineweb
 import train_gpt2
+from dev.bench_evaluate import bench_evaluate
 from dev.bench_gpu import bench_gpu
+from dev.measure import RemoteObject, median_seconds, peak_mb, resident_mb, sgemm_gflops
 from gpt2lab import kernels, scoring, shards, sources, tasks
 from gpt2lab.cli import make_parser, run_main
 from gpt2lab.device import flops_per_token, prefetch
@@ -49,58 +50,6 @@ from gpt2lab.signals import Signals
 from gpt2lab.tokenizer import END_OF_TEXT, GPT2_EOT, GPT2_VOCAB_SIZE, Tokenizer, train_bpe
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def median_seconds(contenders, rounds=3):
-    """{name: median seconds} of a dict of functions, which are called in turn `rounds` times."""
-    seconds = {name: [] for name in contenders}
-    for _ in range(rounds):
-        for name, function in contenders.items():
-            start = time.perf_counter()
-            function()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
-
-
-class RemoteObject:
-    """
-    An object that lives in a process of its own, because threads and the C library's memory belong
-    to a whole process. `call` calls a method of the object.
-    """
-
-    instance = None  # the object, in its process
-
-    def __init__(self, cls, *args):
-        """The process makes `cls(*args)` before the first call."""
-        self.pool = ProcessPoolExecutor(
-            1, multiprocessing.get_context("spawn"), RemoteObject.create, (cls, args))
-
-    @staticmethod
-    def create(cls, args):
-        """Make the object. This runs in its process."""
-        RemoteObject.instance = cls(*args)
-
-    @staticmethod
-    def call_method(method, args):
-        """Call a method of the object. This runs in its process."""
-        return getattr(RemoteObject.instance, method)(*args)
-
-    def call(self, method, *args):
-        """Call a method of the object, wait for it and return its result."""
-        return self.pool.submit(RemoteObject.call_method, method, args).result()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        self.pool.shutdown()
-
-
-def sgemm_gflops(size=2048):
-    """Billions of float32 operations a second in a matmul of two square matrices."""
-    a, b = torch.randn(2, size, size)
-    a @ b  # warms up
-    return 2 * size**3 / median_seconds({"a @ b": lambda: a @ b}, 9)["a @ b"] / 1e9
 
 
 def english_texts():
@@ -196,11 +145,6 @@ def bench_data():
 
 # -----------------------------------------------------------------------------
 # loader
-
-
-def resident_mb():
-    """The resident memory of this process now, in MB (Linux)."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE / 2**20
 
 
 def write_random_shards(folder, num_tokens):
@@ -527,8 +471,7 @@ class Trainer:
 
     def peak_mb(self):
         """The most memory that was ever resident in this process, in MB (Linux)."""
-        import resource
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        return peak_mb()
 
 
 class PlainTrainer(Trainer):
@@ -696,8 +639,8 @@ def bench_loop(num_updates=4):
 
 # name on the command line: function that prints a table and returns plain values
 BENCHES = {"data": bench_data, "loader": bench_loader, "hellaswag": bench_hellaswag,
-           "sample": bench_sample, "step": bench_step, "memory": bench_memory,
-           "loop": bench_loop, "gpu": bench_gpu}
+           "evaluate": bench_evaluate, "sample": bench_sample, "step": bench_step,
+           "memory": bench_memory, "loop": bench_loop, "gpu": bench_gpu}
 
 
 def main():

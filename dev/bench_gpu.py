@@ -116,7 +116,7 @@ def make_run(contender, workload):
     run = train_gpt2.Run(
         config=config, ranks=ranks, dtype=dtype, tokenizer=None, val_loader=None,
         train_loader=types.SimpleNamespace(grad_accum_steps=workload.micro_steps),
-        hellaswag_examples=None, raw_model=raw_model, model=model, optimizer=optimizer,
+        benchmarks=[], raw_model=raw_model, model=model, optimizer=optimizer,
         scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16), log=None)
     return run, compile_seconds, itertools.repeat(batch)
 

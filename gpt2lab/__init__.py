@@ -13,6 +13,10 @@ optim         Muon and 8-bit AdamW
 generate      KV cache, drawing a token, the sampling loop
 scoring       prefix trees and the losses of continuations
 tasks         HellaSwag's examples, as text and as tokens
+benchmarks    what evaluate.py and training score: CORE, LAMBADA, WikiText, a text
+core          CORE's tasks, as text and as tokens
+harness       the tasks of lm-eval
+downloads     official files of benchmarks
 checkpoints   saving, finding and resuming
 pretrained    weights and tokenizers in Hugging Face's format
 runlog        log.txt and run.json, TensorBoard, wandb

@@ -4,22 +4,34 @@ tasks of CORE. What they have in common is the class Benchmark. Where their file
 the end.
 """
 
+import difflib
+import functools
 import json
 import math
 import os
 import re
+import time
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
-from gpt2lab import core
-from gpt2lab.cli import UserError
+from gpt2lab import core, distributed
+from gpt2lab.cli import UserError, split_list
 from gpt2lab.distributed import Ranks
 from gpt2lab.downloads import OfficialFile, download_on_each_node
-from gpt2lab.scoring import ExampleScores, Rows, score_examples, standard_error
+from gpt2lab.files import sha256
+from gpt2lab.scoring import (
+    ExampleScores,
+    Rows,
+    prepare_for_training,
+    score_examples,
+    standard_error,
+    summarize_accuracy,
+)
 from gpt2lab.tasks import DATA_FILE as HELLASWAG_FILE
 from gpt2lab.tasks import iterate_examples, lm_eval_texts, parse_json_object
 from gpt2lab.tokenizer import Tokenizer
@@ -45,6 +57,7 @@ class Benchmark:
     shots = 0
     main_metric = "acc"  # what training logs
     numbers: list[int]  # of the examples that are scored
+    fingerprint = ""  # of the file, so that only results of the same examples are compared
 
     def prepare(self, tokenizer: Tokenizer, block_size: int) -> None:
         """Make what depends on the tokenizer or the block_size. Call this before all others."""
@@ -200,22 +213,27 @@ class Document(NamedTuple):
 class Perplexity(Benchmark):
     """
     Perplexity per word and bits per byte of documents, each token predicted once. An example is a
-    window of a document, as long as the block_size allows.
+    window of a document, as long as the block_size allows. `limit` is a number of windows, but
+    documents are scored whole: evenly spaced ones, as many as the limit allows, and at least one.
     """
 
     main_metric = "bits per byte"
 
     def __init__(self, name: str, documents: Sequence[Document], limit: int | None) -> None:
-        self.name = name
-        self.documents = [documents[i] for i in evenly_spaced(len(documents), limit)]
+        self.name, self.documents, self.limit = name, documents, limit
         self.numbers = []
         self.windows: list[tuple[int, Rows]] = []  # (number of the document, its window)
 
     def prepare(self, tokenizer: Tokenizer, block_size: int) -> None:
         """Cut the documents into windows."""
         encoded = tokenizer.encode_batch([document.text for document in self.documents])
-        self.windows = [(i, window) for i, tokens in enumerate(encoded)
-                        for window in self.cut(tokens.tolist(), tokenizer.eot, block_size)]
+        windows = [list(self.cut(tokens.tolist(), tokenizer.eot, block_size))
+                   for tokens in encoded]  # of each document
+        count = len(self.documents)
+        if self.limit is not None:
+            count = max(self.limit * count // sum(map(len, windows)), 1)
+        self.windows = [(i, window) for i in evenly_spaced(len(self.documents), count)
+                        for window in windows[i]]
         self.numbers = list(range(len(self.windows)))
 
     def cut(self, tokens: list[int], eot: int, block_size: int) -> Iterator[Rows]:
@@ -370,7 +388,19 @@ FILE_PATTERNS = {"lambada": ("lambada_test.jsonl", "lambada_openai.jsonl"),
                  "wikitext": ("wiki.test.raw", "wiki*test*")}
 CORE_LITE = ("hellaswag_zeroshot", "lambada_openai", "piqa", "arc_easy")
 GROUPS = {"core": tuple(core.CORE_TASKS), "core_lite": CORE_LITE}
-NAMES = (*FILE_PATTERNS, *GROUPS, *core.CORE_TASKS)
+SINGLE_NAMES = (*FILE_PATTERNS, *core.CORE_TASKS)
+
+
+def expand_names(names: Sequence[str]) -> list[str]:
+    """Some of SINGLE_NAMES, each once, of which `names` may be groups. Raises UserError."""
+    expanded: dict[str, None] = {}
+    for name in names:
+        if name not in (*SINGLE_NAMES, *GROUPS):
+            near = difflib.get_close_matches(name, (*SINGLE_NAMES, *GROUPS), 1)
+            raise UserError(f"there is no task {name!r}"
+                            + (f", but {near[0]!r}" if near else "") + ": --help lists the tasks")
+        expanded |= dict.fromkeys(GROUPS.get(name, (name,)))
+    return list(expanded)
 
 
 class FoundFile(NamedTuple):
@@ -391,7 +421,7 @@ def find_file(folder: Path, pattern: str) -> FoundFile | None:
                 for member in sorted(archive.namelist()):
                     if PurePosixPath(member).match(pattern):
                         return FoundFile(f"{member} in {archive_path}", archive.read(member))
-        except zipfile.BadZipFile as error:
+        except (zipfile.BadZipFile, zlib.error) as error:
             raise UserError(f"{archive_path} is damaged ({error}): delete it, so that it is "
                             "downloaded again") from error
     return None
@@ -407,22 +437,38 @@ def patterns_of(name: str) -> tuple[str, ...]:
     return FILE_PATTERNS.get(name) or (core.CORE_TASKS[name].file_name,)
 
 
+def find_benchmark_file(name: str, folder: Path | None) -> FoundFile | None:
+    """The file that holds a benchmark, in a folder, or in DATA_DIR without one, or None."""
+    patterns = patterns_of(name)
+    found = find_first(folder or DATA_DIR, patterns)
+    if found is None and patterns == ("hellaswag.jsonl",):
+        found = convert_hellaswag(folder)
+    return found
+
+
+def check_files(names: Sequence[str], folder: Path | None) -> None:
+    """Raise UserError if a folder that a user has named lacks the files of some benchmarks."""
+    if folder is None:
+        return
+    missing = sorted({patterns_of(name)[0] for name in names
+                      if not find_benchmark_file(name, folder)})
+    if missing:
+        raise UserError(f"{folder} lacks {', '.join(missing)}: put what is missing there, name "
+                        "other tasks, or leave out --data, so that it is downloaded")
+
+
 def open_benchmark_file(name: str, folder: Path | None, ranks: Ranks) -> FoundFile:
     """
     The file that holds a benchmark, from a folder, or from DATA_DIR without one, to which it is
     downloaded if needed. All ranks call this together. Raises UserError, or OSError.
     """
-    patterns = patterns_of(name)
-    found = find_first(folder or DATA_DIR, patterns)
-    if found is None and patterns == ("hellaswag.jsonl",):
-        found = convert_hellaswag(folder)
-    if found is None and folder is None:
+    found = find_benchmark_file(name, folder)
+    if distributed.on_any_rank(found is None, ranks.device) and folder is None:
         download_on_each_node(official_files()[name if name in FILE_PATTERNS else "core"], ranks)
-        found = find_first(DATA_DIR, patterns)
+        found = find_benchmark_file(name, None)
     if found is None:
-        raise UserError(f"{name} needs the file {patterns[0]}, which is not in "
-                        f"{folder or DATA_DIR}: put it there, or leave out --data, so that it is "
-                        "downloaded")
+        raise UserError(f"{name} needs the file {patterns_of(name)[0]}, which is not in "
+                        f"{folder or DATA_DIR}: get the file, and name its folder with --data")
     return found
 
 
@@ -452,7 +498,8 @@ def parse_lines(file: FoundFile, find_fault: Callable[[dict], str | None]) -> li
             fault = find_fault(item)
         except ValueError as error:
             fault = str(error)
-        if fault is None and re.search("[\ud800-\udfff]", str(list(item.values()))):
+        # not str(item), which writes a lone surrogate as ASCII characters
+        if fault is None and re.search("[\ud800-\udfff]", json.dumps(item, ensure_ascii=False)):
             fault = "has a lone surrogate, half of a character of UTF-16"
         if fault:
             raise UserError(f"{file.name}, line {number} {fault}")
@@ -464,9 +511,10 @@ def parse_lines(file: FoundFile, find_fault: Callable[[dict], str | None]) -> li
 
 def find_fault_of_passage(item: dict) -> str | None:
     """What is wrong with a line of LAMBADA, which has a text, or a context and its last word."""
-    if isinstance(item.get("text"), str) and item["text"].strip():
+    texts = [item["text"]] if "text" in item else [item.get("context"), item.get("continuation")]
+    if all(isinstance(text, str) for text in texts) and str(texts[-1]).strip():
         return None
-    return core.find_fault(item, "language_modeling") and "lacks text"
+    return "lacks text"
 
 
 def passage_of(item: dict) -> str:
@@ -490,21 +538,30 @@ def load_benchmark(name: str, folder: Path | None, ranks: Ranks, limit: int | No
     """The benchmarks of one of NAMES that is not a group. Raises UserError, or OSError."""
     file = open_benchmark_file(name, folder, ranks)
     if name == "wikitext":
-        return make_wikitext(decode_text(file).replace("\r\n", "\n"), limit, stride)
+        text = decode_text(file).replace("\r\n", "\n")
+        return sign(make_wikitext(text, limit, stride), file)
     if name == "lambada":
         passages = [passage_of(item) for item in parse_lines(file, find_fault_of_passage)]
-        return [Lambada(passages, limit)]
+        return sign([Lambada(passages, limit)], file)
     task = core.CORE_TASKS[name]
     items = parse_lines(file, lambda item: core.find_fault(item, task.kind))
-    return [Core(task, items, limit)]
+    return sign([Core(task, items, limit)], file)
 
 
 def load_text(path: Path, limit: int | None, stride: int | None) -> list[Benchmark]:
     """The benchmarks of a UTF-8 text file of one's own, which is a single document."""
-    text = decode_text(FoundFile(str(path), path.read_bytes()))
+    file = FoundFile(str(path), path.read_bytes())
+    text = decode_text(file)
     document = Document(text, len(text.split()), len(text.encode("utf-8")))
-    benchmarks: list[Benchmark] = [Perplexity(path.name, [document], limit)]
-    return [*benchmarks, Strided(path.name, text, stride)] if stride else benchmarks
+    found: list[Benchmark] = [Perplexity(path.name, [document], limit)]
+    return sign([*found, Strided(path.name, text, stride)] if stride else found, file)
+
+
+def sign(made: list[Benchmark], file: FoundFile) -> list[Benchmark]:
+    """The benchmarks `made` from a file, with its fingerprint."""
+    for benchmark in made:
+        benchmark.fingerprint = sha256(file.content)[:16]
+    return made
 
 
 # -----------------------------------------------------------------------------
@@ -546,3 +603,51 @@ def gather_results(results: dict[int, dict]) -> list[tuple[int, dict]]:
         by_rank = [{} for _ in range(dist.get_world_size())]
         dist.all_gather_object(by_rank, results)
     return sorted((pair for part in by_rank for pair in part.items()), key=lambda pair: pair[0])
+
+
+# -----------------------------------------------------------------------------
+# during training
+
+
+class Scheduled(NamedTuple):
+    """A benchmark that is scored during training."""
+
+    every: int  # updates between two scores
+    # (model, stop) -> (line to print, {stream: value} to log). All ranks call it together. The
+    # result has no meaning if stop() has ended it early
+    score: Callable[[Any, Callable[[], bool]], tuple[str, dict[str, float]]]
+
+
+def schedule(raw_model: Any, tokenizer: Tokenizer, config: Any, ranks: Ranks) -> list[Scheduled]:
+    """
+    What a TrainConfig says to score during training: HellaSwag, and the tasks of --eval_tasks.
+    Raises UserError, or OSError if a file of a task cannot be downloaded. HellaSwag's file may be
+    missing, because nobody has asked for it.
+    """
+    scheduled = []
+    if prepared := prepare_for_training(raw_model, tokenizer, config, ranks):
+        def score_hellaswag(model: Any, stop: Callable[[], bool]) -> tuple[str, dict[str, float]]:
+            line, accuracy = summarize_accuracy(model, prepared, ranks, stop)
+            return line, {"hella": accuracy}
+
+        scheduled.append(Scheduled(config.hellaswag_every, score_hellaswag))
+    for name in expand_names(split_list(config.eval_tasks)):
+        for benchmark in load_benchmark(name, None, ranks, config.eval_tasks_limit or None, None):
+            benchmark.prepare(tokenizer, raw_model.config.block_size)
+            scheduled.append(Scheduled(config.eval_tasks_every, functools.partial(
+                score_in_training, benchmark, tokenizer, ranks)))
+    return scheduled
+
+
+def score_in_training(benchmark: Benchmark, tokenizer: Tokenizer, ranks: Ranks, model: Any,
+                      stop: Callable[[], bool]) -> tuple[str, dict[str, float]]:
+    """(line to print, {stream: value} to log) of a benchmark, as Scheduled says."""
+    start = time.perf_counter()
+    results = gather_results(score_benchmark(model, tokenizer, benchmark, ranks, stop=stop))
+    if not results:  # stopped at once
+        return "", {}
+    metrics = benchmark.metrics([result for _, result in results])
+    line = ", ".join(f"{metric.name} {metric.value:.4f}" for metric in metrics)
+    main = next(metric for metric in metrics if metric.name == benchmark.main_metric)
+    return (f"{benchmark.name}: {line} | {len(results)} examples | "
+            f"{time.perf_counter() - start:.1f}s"), {benchmark.name: main.value}

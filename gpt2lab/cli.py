@@ -82,6 +82,11 @@ def add_options(parser: argparse.ArgumentParser, config_class: type) -> None:
                                 help=f"{help} (%(default)s)", **f.metadata["extra"])
 
 
+def split_list(text: str | None) -> list[str]:
+    """The parts of a value like "a,b" of a flag, and none of an empty one or of None."""
+    return [part for part in (text or "").split(",") if part]
+
+
 def value_type(hint: Any) -> Any:
     """The type of a flag's value: int for a field that is an int or an int | None."""
     kinds = [kind for kind in get_args(hint) if kind is not NoneType]

@@ -19,6 +19,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -184,20 +185,26 @@ class Answers:
             self.report(min(len(answers) * self.ranks.ddp_world_size / len(rows), 1))
         return self.gather(answers)
 
+    def cut_text(self, text: str) -> Iterator[tuple[list[int], list[int]]]:
+        """
+        The pairs (context, continuation) for `score` that together predict each token of a text
+        once, the first one after eot. Only the last of them has a context of other tokens.
+        """
+        ids = [self.tokenizer.eot, *self.encode(text)]
+        for start in range(1, len(ids), self.block_size):
+            end = min(start + self.block_size, len(ids))
+            yield ids[max(end - self.block_size - 1, 0):start], ids[start:end]
+
     def score_texts(self, texts: Sequence[str]) -> list[float]:
-        """
-        The log-likelihoods of whole texts in nats. A text that is longer than the block size is cut
-        into windows as lm-eval does.
-        """
-        from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-        pairs, starts = [], [0]
+        """The log-likelihoods in nats of whole texts of any length."""
+        pairs, counts = [], []
         for text in texts:
-            pairs += [make_disjoint_window(window) for window in get_rolling_token_windows(
-                token_list=self.encode(text), prefix_token=self.tokenizer.eot,
-                max_seq_len=self.block_size, context_len=1)]
-            starts.append(len(pairs))
-        sums = np.cumsum([0.0, *(loglikelihood for loglikelihood, _ in self.score(pairs))])
-        return np.diff(sums[starts]).tolist()
+            windows = list(self.cut_text(text))
+            pairs += windows
+            counts.append(len(windows))
+        scores = iter(self.score(pairs))
+        return [sum(loglikelihood for loglikelihood, _ in islice(scores, count))
+                for count in counts]
 
     def continue_texts(self, requests: Sequence[tuple[str, dict]]) -> list[str]:
         """The continuation of each request, (text, generation options)."""
@@ -295,9 +302,9 @@ def import_lm_eval() -> None:
     try:
         import lm_eval.evaluator
         import lm_eval.tasks  # noqa: F401
-    except ImportError as error:
+    except (ImportError, AttributeError) as error:  # an old lm_eval misses names of transformers
         raise UserError(f"tasks of lm-eval need the package lm_eval ({first_line(error)}): "
-                        'pip install "lm_eval>=0.4.9,<1"') from error
+                        'pip install --upgrade "lm_eval>=0.4.9,<1"') from error
 
 
 def is_file_name(name: str) -> bool:
@@ -327,11 +334,21 @@ def make_task_manager(names: Sequence[str]) -> Any:
 
 
 def flatten(loaded: dict) -> dict[str, Any]:
-    """{name: task} of what lm-eval has loaded, in which groups are dicts."""
-    tasks = {}
+    """{name: task} of lm-eval's nested dicts, in which a group is a dict."""
+    tasks: dict[str, Any] = {}
     for name, value in loaded.items():
         tasks.update(flatten(value) if isinstance(value, dict) else {name: value})
     return tasks
+
+
+def read_task(manager: Any, name: str) -> dict[str, Any]:
+    """{name: lm-eval's task object} of the tasks that a name or a file stands for."""
+    if hasattr(manager, "load"):
+        return manager.load([name])["tasks"]
+    # lm_eval 0.4.9
+    from lm_eval.tasks import get_task_dict
+    from lm_eval.utils import load_yaml_config
+    return flatten(get_task_dict([load_yaml_config(name) if is_file_name(name) else name], manager))
 
 
 def load_tasks(names: Sequence[str]) -> dict[str, Any]:
@@ -339,18 +356,14 @@ def load_tasks(names: Sequence[str]) -> dict[str, Any]:
     {name: lm-eval's task object} with data, for names of tasks, groups and tags, and for paths of
     .yaml files. Raises UserError if one is unknown, cannot be loaded or cannot be run.
     """
-    import lm_eval.tasks
-    import lm_eval.utils
     # some tasks draw while they load. All ranks must draw the same, and the same as lm-eval
     random.seed(RANDOM_SEED)
     np.random.seed(NUMPY_SEED)
     manager = make_task_manager(names)
-    read_file = getattr(lm_eval.utils, "load_yaml_config", str)  # later versions take the path
-    tasks = {}
+    tasks: dict[str, Any] = {}
     for name in names:
         try:
-            spec = read_file(name) if is_file_name(name) else name
-            tasks.update(flatten(lm_eval.tasks.get_task_dict([spec], manager)))
+            tasks.update(read_task(manager, name))
         except ImportError as error:
             raise UserError(f"lm-eval's task {name} needs another package "
                             f"({first_line(error):.150}): install it") from error
@@ -358,7 +371,7 @@ def load_tasks(names: Sequence[str]) -> dict[str, Any]:
             raise UserError(
                 f"lm-eval cannot load the task {name} ({type(error).__name__}: "
                 f"{first_line(error):.150}): check the network, or set HF_ENDPOINT to a mirror of "
-                "the hub, or load its data once where there is a network and copy the folder "
+                "the hub, or load the task's data where there is a network and copy the folder "
                 "that HF_HOME names") from error
     for name, task in tasks.items():
         if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):

@@ -376,6 +376,21 @@ def standard_error(num_correct: int, total: int) -> float:
     return math.sqrt(p * (1 - p) / total)
 
 
+def mcnemar(only_a: int, only_b: int) -> float:
+    """
+    Two-sided p-value of McNemar's exact test: the probability that only_a + only_b tosses of a fair
+    coin split at least as unevenly as only_a : only_b. only_a counts the examples that only model a
+    has right, only_b those that only model b has right.
+    """
+    n = only_a + only_b
+    outcomes = 1  # how many of the 2**n outcomes have k heads, beginning with k = 0
+    tail = 1  # how many have at most k heads
+    for k in range(1, min(only_a, only_b) + 1):
+        outcomes = outcomes * (n - k + 1) // k  # n choose k
+        tail += outcomes
+    return min(1.0, 2 * tail / 2 ** n)
+
+
 def make_question(number: int, example: dict, rendered: RenderedExample) -> Question:
     """The Question for example `number`, which has a label or none."""
     label = example.get("label")

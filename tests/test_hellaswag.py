@@ -314,7 +314,7 @@ def test_only_results_of_the_same_examples_are_compared(call_main, tmp_path, con
 @pytest.mark.parametrize("only_a, only_b, p", [
     (0, 0, 1), (5, 5, 1), (0, 10, 2 / 1024), (9, 1, 22 / 1024), (3000, 2800, 0.00894)])
 def test_mcnemar_equals_known_p_values(only_a, only_b, p):
-    assert hellaswag.mcnemar(only_a, only_b) == pytest.approx(p, rel=1e-2)
+    assert scoring.mcnemar(only_a, only_b) == pytest.approx(p, rel=1e-2)
 
 
 # the style of lm-eval

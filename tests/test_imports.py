@@ -1,7 +1,7 @@
 """
 Who may import whom. gpt2lab imports only itself; train_gpt2 may import fineweb and plot; sample,
-hellaswag and export_hf may import train_gpt2; no other script imports a script. Importing a module
-has no effect but definitions.
+hellaswag, evaluate and export_hf may import train_gpt2; no other script imports a script. Importing
+a module has no effect but definitions.
 """
 
 import ast
@@ -12,10 +12,11 @@ import pytest
 from conftest import ROOT, run_script
 
 SCRIPTS_IMPORTED_BY = {"train_gpt2": {"fineweb", "plot"}, "sample": {"train_gpt2"},
-                       "hellaswag": {"train_gpt2"}, "export_hf": {"train_gpt2"}}
-SLOW_PACKAGES = {"bitsandbytes", "datasets", "huggingface_hub", "matplotlib", "pyarrow", "requests",
-                 "safetensors", "sentencepiece", "tiktoken", "tokenizers", "torch", "transformers",
-                 "wandb"}
+                       "hellaswag": {"train_gpt2"}, "evaluate": {"train_gpt2"},
+                       "export_hf": {"train_gpt2"}}
+SLOW_PACKAGES = {"bitsandbytes", "datasets", "huggingface_hub", "lm_eval", "matplotlib", "pyarrow",
+                 "requests", "safetensors", "sentencepiece", "tiktoken", "tokenizers", "torch",
+                 "transformers", "wandb"}
 
 
 # -----------------------------------------------------------------------------
