@@ -164,9 +164,6 @@ def format_value(value: float | None) -> str:
 
 def print_table(done: Sequence[TaskResult], num_parameters: int, folder: Path) -> None:
     """Print all results, and beside them the published values of the GPT-2 nearest in size."""
-    if not done:
-        print("nothing was scored")
-        return
     model = nearest_model(num_parameters)
     published = find_published(model, folder)
     header = ["task", "shots", "metric", "value", "std error", "centered", "examples", "seconds",
@@ -192,9 +189,9 @@ def to_json(source: str, num_parameters: int, done: Sequence[TaskResult]) -> byt
     """The content of a file of --out."""
     tasks = {}
     for result in done:
-        columns: dict[str, list] = {"number": [number for number, _ in result.results]}
-        for _, values in result.results:
-            for key, value in values.items():
+        columns: dict[str, list] = {}
+        for number, values in result.results:
+            for key, value in {"number": number, **values}.items():
                 columns.setdefault(key, []).append(value)
         tasks[result.task] = {
             "shots": result.shots, "examples": result.num_examples,
@@ -299,7 +296,7 @@ def compare(path_a: str, path_b: str) -> None:
 def choose_tasks(args: argparse.Namespace, folder: Path | None) -> tuple[list[str], list[str]]:
     """
     (names of benchmarks, names of tasks of lm-eval) that the command line asks for. By default all
-    benchmarks whose files are there. Raises UserError.
+    benchmarks whose files are there. Raises UserError, also if `folder` lacks a file.
     """
     if not args.tasks:
         found = [name for name in benchmarks.SINGLE_NAMES
@@ -310,9 +307,12 @@ def choose_tasks(args: argparse.Namespace, folder: Path | None) -> tuple[list[st
         return found, []
     prefix = "lm_eval:"
     names = [name for part in args.tasks for name in split_list(part)]
-    own = [name for name in names if not name.startswith(prefix)]
-    return benchmarks.expand_names(own), [
-        name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+    lm_eval_names = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+    if lm_eval_names:
+        harness.import_lm_eval()  # raises now if the package is missing
+    names = benchmarks.expand_names([name for name in names if not name.startswith(prefix)])
+    benchmarks.check_files(names, folder)
+    return names, lm_eval_names
 
 
 def load_benchmarks(args: argparse.Namespace, ranks: Ranks) -> tuple[list[Benchmark], list[str]]:
@@ -323,8 +323,8 @@ def load_benchmarks(args: argparse.Namespace, ranks: Ranks) -> tuple[list[Benchm
             raise UserError(f"{data} is not a folder: name the folder of the tasks' files, or "
                             "leave out --tasks for the perplexity of a text")
         return benchmarks.load_text(data, args.limit, args.stride), []
-    names, lm_eval_names = choose_tasks(args, data)
-    benchmarks.check_files(names, data)
+    # the master chooses, because a default depends on the files of one node
+    names, lm_eval_names = on_master(ranks, lambda: choose_tasks(args, data))
     loaded = [benchmark for name in names
               for benchmark in benchmarks.load_benchmark(name, data, ranks, args.limit,
                                                          args.stride)]
@@ -410,15 +410,10 @@ def score_model(args: argparse.Namespace, ranks: Ranks) -> None:
         with autocast(ranks.device, getattr(torch, args.dtype)):
             score_all(model, tokenizer, loaded, ranks, args, done)
             score_with_lm_eval(model, tokenizer, lm_eval_names, ranks, args, done)
-    except KeyboardInterrupt:  # of other ranks, which may be gone, only finished tasks are known
-        if ranks.master_process:
-            print_table(done, num_parameters, folder)
-        raise
-    try:
         if args.out is not None and ranks.master_process:
             write_output(out, to_json(source, num_parameters, done))
-    finally:  # the disk may be full
-        if ranks.master_process:
+    finally:  # after Ctrl-C, after a task of lm-eval that cannot be loaded, or on a full disk
+        if ranks.master_process and done:
             print_table(done, num_parameters, folder)
 
 

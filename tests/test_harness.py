@@ -116,7 +116,8 @@ def task_files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tasks")
     words = small_text(20_000).split()
     docs = [{"question": " ".join(words[i * 20:i * 20 + 4 + 9 * (i % 4)]), "label": i % 3,
-             "choices": words[i * 20 + 14:i * 20 + 17], "text": " ".join(words[i * 31:i * 33 + 9])}
+             "choices": words[i * 20 + 14:i * 20 + 17], "text": " ".join(words[i * 31:i * 33 + 9]),
+             "word": words[i * 7][:4]}
             for i in range(12)]
     data = folder / "docs.jsonl"
     data.write_text("".join(json.dumps(doc) + "\n" for doc in docs), encoding="utf-8")
@@ -131,6 +132,10 @@ def task_files(tmp_path_factory):
                       "doc_to_target": "{{' '+text.split(' ')[-1]}}",
                       "metric_list": [{"metric": "perplexity", "aggregation": "perplexity",
                                        "higher_is_better": False}, {"metric": "acc"}]},
+        # two shots that fit into the block, and a metric that shows which ones they are
+        "word_2_shots": {"output_type": "loglikelihood", "doc_to_text": "{{word}}",
+                         "doc_to_target": "{{label}}", "num_fewshot": 2, "fewshot_split": "train",
+                         "metric_list": [{"metric": "perplexity", "aggregation": "perplexity"}]},
         "rolling": {"output_type": "loglikelihood_rolling", "doc_to_text": "",
                     "doc_to_target": "{{text}}",
                     "metric_list": [{"metric": "word_perplexity"}, {"metric": "bits_per_byte"}]},
@@ -157,7 +162,7 @@ def test_tasks_give_the_results_of_lm_eval(hf, model, tokenizer, task_files, mon
     found = evaluate_with_lm_eval(model, tokenizer, list(task_files.values()), Ranks(CPU), limit=9,
                                   on_progress=lambda *counts: progress.append(counts))
     assert capfd.readouterr() == ("", "")
-    assert progress == sorted(progress) and progress[-1] == (45, 45) and len(progress) > 10
+    assert progress == sorted(progress) and progress[-1] == (54, 54) and len(progress) > 10
     monkeypatch.setattr(evaluator, "add_env_info", lambda _: None)  # takes seconds
     expected = evaluator.simple_evaluate(
         hf, tasks=list(task_files.values()), limit=9, log_samples=False,
@@ -165,7 +170,7 @@ def test_tasks_give_the_results_of_lm_eval(hf, model, tokenizer, task_files, mon
         task_manager=TaskManager(include_defaults=False))
     assert list(found) == list(task_files)
     for name, result in found.items():
-        assert result["examples"] == 9 and result["shots"] == 2 * (name == "choice_2_shots")
+        assert result["examples"] == 9 and result["shots"] == 2 * name.endswith("2_shots")
         values = expected["results"][name]
         assert result["metrics"]
         for metric, numbers in result["metrics"].items():
@@ -294,8 +299,15 @@ def test_a_continuation_ends_before_its_first_stop_text(model, tokenizer):
     assert answers.continue_text("The", {"max_gen_toks": 12, "until": [later, stop, ""]}, 0) == (
         whole[:whole.index(stop)])
     assert answers.continue_text("The", {"max_gen_toks": 0}, 0) == ""
-    long = answers.continue_text(LONG, {"max_new_tokens": 2 * BLOCK_SIZE}, 0)
-    assert len(long) > BLOCK_SIZE / 2  # which leaves no room for the context
+
+
+def test_half_of_the_block_is_context_if_the_request_leaves_no_room(model, tokenizer):
+    answers = make_answers(model, tokenizer)
+    found = answers.continue_text(LONG, {"max_new_tokens": BLOCK_SIZE}, 0)
+    context = tokenizer.decode(tokenizer.encode(LONG)[-BLOCK_SIZE // 2:])
+    assert len(tokenizer.encode(context)) == BLOCK_SIZE // 2
+    start = answers.continue_text(context, {"max_new_tokens": 8}, 0)
+    assert start and found.startswith(start.rstrip("\ufffd"))
 
 
 def test_generation_is_greedy_unless_the_request_samples(model, tokenizer):
@@ -307,6 +319,11 @@ def test_generation_is_greedy_unless_the_request_samples(model, tokenizer):
     assert len(set(greedy)) == 1 and greedy == texts(do_sample=False, temperature=2.0)
     assert len(set(texts(do_sample=True))) == 4 and len(set(texts(temperature=0.9))) == 4
     assert texts(do_sample=True, top_k=1) == greedy
+    answers = make_answers(model, tokenizer)
+    sampled = [("The", {"max_gen_toks": 8, "do_sample": True})]
+    first = answers.continue_texts(sampled)
+    answers.num_answered = 1  # a later window
+    assert answers.continue_texts(sampled) != first
     with pytest.raises(UserError, match="beam search"):
         texts(num_beams=4)
 
