@@ -373,21 +373,24 @@ def score_all(model: Any, tokenizer: Any, loaded: Sequence[Benchmark], ranks: Ra
 def score_with_lm_eval(model: Any, tokenizer: Any, names: list[str], ranks: Ranks,
                        args: argparse.Namespace, done: list[TaskResult]) -> None:
     """Score a model on tasks of lm-eval, and append each TaskResult to `done`."""
-    for name in names:
-        start = time.perf_counter()
-        with tqdm(desc=name, disable=not ranks.master_process) as progress:
-            def on_progress(num_done: int, total: int, progress: tqdm = progress) -> None:
-                progress.total = total
-                progress.update(num_done - progress.n)
+    if not names:
+        return
+    start = time.perf_counter()
+    with tqdm(desc="lm-eval", unit="ex", disable=not ranks.master_process) as progress:
+        def on_progress(num_done: int, total: int) -> None:
+            progress.total = total
+            progress.update(num_done - progress.n)
 
-            found = harness.evaluate_with_lm_eval(
-                model, tokenizer, [name], ranks, args.limit, args.batch_tokens, on_progress)
-        seconds = time.perf_counter() - start
-        for task, result in found.items():
-            metrics = [Metric(metric, entry["value"], entry["stderr"])
-                       for metric, entry in result["metrics"].items()]
-            done.append(TaskResult(f"lm_eval:{task}", result["shots"], metrics, result["examples"],
-                                   seconds / len(found)))
+        found = harness.evaluate_with_lm_eval(
+            model, tokenizer, names, ranks, args.limit, args.batch_tokens, on_progress)
+    seconds = time.perf_counter() - start
+    num_examples = sum(result["examples"] for result in found.values())
+    for task, result in found.items():
+        metrics = [Metric(metric, entry["value"], entry["stderr"])
+                   for metric, entry in result["metrics"].items()]
+        share = result["examples"] / num_examples  # lm-eval does not tell the seconds of each task
+        done.append(TaskResult(f"lm_eval:{task}", result["shots"], metrics, result["examples"],
+                               seconds * share))
 
 
 def score_model(args: argparse.Namespace, ranks: Ranks) -> None:
@@ -408,8 +411,9 @@ def score_model(args: argparse.Namespace, ranks: Ranks) -> None:
     done: list[TaskResult] = []
     try:
         with autocast(ranks.device, getattr(torch, args.dtype)):
-            score_all(model, tokenizer, loaded, ranks, args, done)
+            # lm-eval first, because only here it turns out whether it knows the names
             score_with_lm_eval(model, tokenizer, lm_eval_names, ranks, args, done)
+            score_all(model, tokenizer, loaded, ranks, args, done)
         if args.out is not None and ranks.master_process:
             write_output(out, to_json(source, num_parameters, done))
     finally:  # after Ctrl-C, after a task of lm-eval that cannot be loaded, or on a full disk

@@ -34,6 +34,9 @@ from gpt2lab.tokenizer import END_OF_TEXT, Tokenizer
 
 # how many characters of requests are turned into tokens and prefix trees at once: 100 MB of memory
 WINDOW_CHARS = 2_000_000
+# a CPU multiplies as fast with fewer tokens than score_examples takes by default, and small batches
+# hold trees of more similar sizes, with less padding
+CPU_BATCH_TOKENS = 512
 # the mask of a prefix tree has the square of this many values
 MAX_TREE_TOKENS = 2048
 MAX_TREE_ROWS = 256
@@ -128,6 +131,8 @@ class Answers:
     def __init__(self, model: Any, tokenizer: Tokenizer, ranks: Ranks, batch_tokens: int | None,
                  on_requests: Callable[[float], Any]) -> None:
         self.model, self.tokenizer, self.ranks = model, tokenizer, ranks
+        if batch_tokens is None and ranks.device.type == "cpu":
+            batch_tokens = CPU_BATCH_TOKENS
         self.batch_tokens, self.on_requests = batch_tokens, on_requests
         self.block_size = model.config.block_size
         self.num_answered = self.window_size = 0
@@ -304,7 +309,7 @@ def import_lm_eval() -> None:
         import lm_eval.tasks  # noqa: F401
     except (ImportError, AttributeError) as error:  # an old lm_eval misses names of transformers
         raise UserError(f"tasks of lm-eval need the package lm_eval ({first_line(error)}): "
-                        'pip install --upgrade "lm_eval>=0.4.9,<1"') from error
+                        'pip install --upgrade "lm_eval>=0.4.13,<1"') from error
 
 
 def is_file_name(name: str) -> bool:
@@ -333,24 +338,6 @@ def make_task_manager(names: Sequence[str]) -> Any:
     return manager
 
 
-def flatten(loaded: dict) -> dict[str, Any]:
-    """{name: task} of lm-eval's nested dicts, in which a group is a dict."""
-    tasks: dict[str, Any] = {}
-    for name, value in loaded.items():
-        tasks.update(flatten(value) if isinstance(value, dict) else {name: value})
-    return tasks
-
-
-def read_task(manager: Any, name: str) -> dict[str, Any]:
-    """{name: lm-eval's task object} of the tasks that a name or a file stands for."""
-    if hasattr(manager, "load"):
-        return manager.load([name])["tasks"]
-    # lm_eval 0.4.9
-    from lm_eval.tasks import get_task_dict
-    from lm_eval.utils import load_yaml_config
-    return flatten(get_task_dict([load_yaml_config(name) if is_file_name(name) else name], manager))
-
-
 def load_tasks(names: Sequence[str]) -> dict[str, Any]:
     """
     {name: lm-eval's task object} with data, for names of tasks, groups and tags, and for paths of
@@ -363,7 +350,7 @@ def load_tasks(names: Sequence[str]) -> dict[str, Any]:
     tasks: dict[str, Any] = {}
     for name in names:
         try:
-            tasks.update(read_task(manager, name))
+            tasks.update(manager.load([name])["tasks"])
         except ImportError as error:
             raise UserError(f"lm-eval's task {name} needs another package "
                             f"({first_line(error):.150}): install it") from error

@@ -32,7 +32,7 @@ ITEMS = {
     "language_modeling": [
         {"context": f" The {word} is in \n", "continuation": continuation}
         for word, continuation in zip(WORDS, (
-            "the", "the the the", "the old the", "old", "the the of", "of the"), strict=True)]}
+            "the", "the the the", "the old the", "old", "the a the", "of the"), strict=True)]}
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +196,9 @@ def test_rows_begin_with_end_of_text_and_end_where_they_differ():
     for kind, rows, num_scored in (
             ("multiple_choice", [[9, 1, 2, 3], [9, 1, 4]], [2, 1]),
             ("multiple_choice", [[9, 1, 2], [9, 1, 2, 3]], [0, 1]),
+            ("multiple_choice", [[9, 1, 2, 3], [9, 1, 2, 4], [9, 5]], [3, 3, 1]),
             ("schema", [[9, 1, 2, 5, 6], [9, 3, 5, 6]], [2, 2]),
+            ("schema", [[9, 1, 5, 6], [9, 3, 5, 6], [9, 4, 6]], [1, 1, 1]),
             ("language_modeling", [[9, 1], [9, 1, 2, 3]], [2])):
         task = make_task(kind)
         encoded = [row[1:] for row in rows]
@@ -223,7 +225,7 @@ bigbench_qa_wikidata l 10 0 no
 arc_easy m 10 25 yes
 arc_challenge m 10 25 yes
 copa m 0 50 no
-commonsense_qa m 10 40.3 no
+commonsense_qa m 10 20 no
 piqa m 10 50 yes
 openbook_qa m 0 25 no
 lambada_openai l 0 0 no
@@ -231,14 +233,14 @@ hellaswag m 10 25 no
 winograd s 0 50 no
 winogrande s 0 50 no
 bigbench_dyck_languages l 10 0 no
-agi_eval_lsat_ar m 3 25 no
+agi_eval_lsat_ar m 3 20 no
 bigbench_cs_algorithms l 10 0 no
 bigbench_operators l 10 0 no
 bigbench_repeat_copy_logic l 10 0 no
 squad l 10 0 no
 coqa l 0 0 no
 boolq m 10 62 yes
-bigbench_language_identification m 10 25 no
+bigbench_language_identification m 10 9.1 no
 """
 
 

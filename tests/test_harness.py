@@ -341,7 +341,7 @@ def check_error(message, model, tokenizer, *names):
 
 def test_a_missing_package_is_named(model, tokenizer, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)  # the import fails
-    check_error(r'pip install --upgrade "lm_eval>=0.4.9,<1"', model, tokenizer, "sciq")
+    check_error(r'pip install --upgrade "lm_eval>=0.4.13,<1"', model, tokenizer, "sciq")
 
 
 def test_unknown_tasks_and_files_are_named(lm_eval, model, tokenizer, monkeypatch, tmp_path):
