@@ -295,6 +295,9 @@ class Strided(Perplexity):
         if self.stride > block_size:
             raise UserError(f"--stride {self.stride} must be at most {block_size}, the model's "
                             "block_size")
+        if len(tokens) < 2:
+            raise UserError(f"{self.name}: the text must have two or more tokens: leave out "
+                            "--stride")
         predicted = 0  # how many tokens at the beginning are done
         for start in range(0, len(tokens), self.stride):
             end = min(start + block_size, len(tokens))

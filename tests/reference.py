@@ -1,6 +1,6 @@
 """
 References: the slow, obvious way to score HellaSwag and CORE, one example at a time. The tests
-compare gpt2lab.scoring and gpt2lab.core with them, and dev/bench.py measures both.
+compare gpt2lab.scoring and gpt2lab.core with them, and the benchmarks of dev measure both.
 """
 
 import random

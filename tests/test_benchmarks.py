@@ -219,10 +219,13 @@ def test_the_windows_of_a_stride():
         ([[0, 1, 2, 3]], [3]), ([[4, 5, 6, 7]], [3])]  # nothing predicts the first of a window
     with pytest.raises(UserError, match="--stride 5 must be at most 4"):
         list(Strided("a", "text", 5).cut([1, 2], 99, 4))
+    # without a token before it, nothing is predicted, and the mean of nothing is not a number
+    with pytest.raises(UserError, match="two or more tokens"):
+        list(cut([1], 99, 4))
 
 
 def test_every_token_is_predicted_once():
-    for length in range(1, 30):
+    for length in range(2, 30):
         tokens = list(range(1, length + 1))
         for block_size in range(1, 12):
             windows = list(Perplexity("a", [], None).cut(tokens, 0, block_size))
