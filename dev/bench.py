@@ -391,12 +391,11 @@ class FreeModel:
 
     def __init__(self):
         self.config = train_gpt2.GPTConfig()
-        wte = types.SimpleNamespace(weight=torch.zeros(self.config.padded_vocab_size, 1))
-        self.transformer = types.SimpleNamespace(wte=wte)
-
-    def hidden(self, idx, pos, mask):
-        """Zeros (B, N, 1)."""
-        return torch.zeros(*idx.shape, 1)
+        self.hidden = None  # which only a GPT has
+        embedding = torch.nn.Embedding(self.config.padded_vocab_size, 1)
+        layers = dict.fromkeys(("ln_1", "attn", "ln_2", "mlp"), lambda x, mask=None: x)
+        self.transformer = types.SimpleNamespace(
+            wte=embedding, wpe=embedding, h=[types.SimpleNamespace(**layers)], ln_f=lambda x: x)
 
     def lm_head(self, rows):
         """Zeros (n, 1)."""

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from gpt2lab.device import attention_of_any_shape
@@ -148,18 +149,33 @@ class TokenScores(NamedTuple):
     endings: np.ndarray  # (S) int: the row of each, in increasing order
 
 
+def hidden_at(model: Any, idx: Tensor, pos: Tensor, mask: Tensor | None,
+              positions: Tensor) -> Tensor:
+    """
+    The hidden states (P, C) of a GPT at some of its B * N positions, (P). They are those of
+    model.hidden(idx, pos=pos, mask=mask), but no other position needs the last MLP, which is two
+    thirds of the last layer.
+    """
+    *blocks, last = model.transformer.h
+    x = model.transformer.wte(idx) + model.transformer.wpe(pos)  # (B, N, C)
+    for block in blocks:
+        x = block(x, mask=mask)
+    x = (x + last.attn(last.ln_1(x), mask=mask)).flatten(0, 1)[positions]  # (P, C)
+    x = x + last.mlp(last.ln_2(x))
+    return model.transformer.ln_f(x)
+
+
 @torch.inference_mode()
 def score_trees(model: Any, batch: TreeBatch, device: torch.device, vocab_size: int) -> TokenScores:
     """
-    The scores of the tokens of a batch. `model` must have a GPT's `hidden`, which takes positions
-    and a mask.
+    The scores of the tokens of a batch, by a GPT.
     """
     mask = batch.mask()
     mask = None if mask is None else torch.from_numpy(mask).to(device)  # (B, 1, N, N)
     idx, pos, positions, inverse, targets = (
         torch.from_numpy(array).to(device).long()
         for array in (batch.idx, batch.pos, batch.positions, batch.inverse, batch.targets))
-    x = model.hidden(idx, pos=pos, mask=mask).flatten(0, 1)[positions]  # (P, C)
+    x = hidden_at(model, idx, pos, mask, positions)  # (P, C)
     # -log softmax(logits)[target] = logsumexp(logits) - logits[target]
     logsumexps, likeliest = [], []
     for rows in x.split(LOGIT_ROWS_AT_ONCE):

@@ -15,7 +15,7 @@ from reference import score_one_by_one
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import hellaswag
-from gpt2lab import device, downloads, generate, scoring, tasks
+from gpt2lab import device, downloads, generate, kernels, scoring, tasks
 from gpt2lab.cli import UserError
 from gpt2lab.distributed import Ranks
 from gpt2lab.tokenizer import train_bpe
@@ -100,6 +100,24 @@ def test_logits_are_computed_a_few_rows_at_a_time(log_dir, monkeypatch):
     assert max(num_rows) == 5 < sum(num_rows)
     for result, other in zip(results, expected, strict=True):
         assert result["loss_sums"] == pytest.approx(other["loss_sums"], abs=1e-4)
+
+
+@pytest.mark.parametrize("optimized", [False, True])
+def test_hidden_states_at_some_positions_are_those_of_the_model(optimized):
+    """Guards against a model whose definition scoring does not follow."""
+    model = plain_model()
+    sharpen(model)
+    if optimized:
+        kernels.optimize(model)
+    idx, pos = torch.randint(300, (2, 9)), torch.randint(32, (2, 9))
+    mask = torch.rand(2, 1, 9, 9) < 0.5
+    mask |= torch.eye(9, dtype=torch.bool)
+    positions = torch.tensor([0, 3, 17, 9])
+    with torch.no_grad():
+        for each in (mask, None):
+            expected = model.hidden(idx, pos=pos, mask=each).flatten(0, 1)[positions]
+            found = scoring.hidden_at(model, idx, pos, each, positions)
+            assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_hugging_face_model_gets_the_same_scores(log_dir, tmp_path):
