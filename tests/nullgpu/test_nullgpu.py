@@ -271,6 +271,18 @@ def test_hellaswag(on_null_gpu, log_dir, hellaswag_examples):
     assert "/11" in output
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_evaluate(on_null_gpu, log_dir, tmp_path, dtype):
+    """Guards against prefix trees and single rows that fail on CUDA."""
+    item = {"query": "What is a name?", "choices": ["A name.", "A value."], "gold": 0}
+    passage = {"text": "A name is a name and a value is a value"}
+    for name, line in (("piqa", item), ("lambada_test", passage)):
+        (tmp_path / f"{name}.jsonl").write_text(12 * (json.dumps(line) + "\n"))
+    output = on_null_gpu("python", ROOT / "evaluate.py", "--model", log_dir, "--data", tmp_path,
+                         "--dtype", dtype)
+    assert [line.split()[6] for line in output.splitlines() if line.startswith("piqa ")] == ["12"]
+
+
 # -----------------------------------------------------------------------------
 # memory
 
