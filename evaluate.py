@@ -122,11 +122,11 @@ def summarize(benchmark: Benchmark, results: Sequence[tuple[int, dict]],
 def summarize_core(done: Sequence[TaskResult]) -> Metric | None:
     """
     The mean of the centered accuracies of the tasks of CORE in a list of results, and its standard
-    error. None if there are none.
+    error. None for fewer than two tasks.
     """
     accuracies = {result.task: result.metrics[0] for result in done
                   if result.task in core.CORE_TASKS}
-    if not accuracies:
+    if len(accuracies) < 2:
         return None
     total, variance = 0.0, 0.0
     for task, metric in accuracies.items():
@@ -335,39 +335,34 @@ def make_progress(loaded: Sequence[Benchmark], ranks: Ranks) -> tqdm:
     """A progress bar over the work of all benchmarks, with the time that is left."""
     total = sum(benchmark.size(number) for benchmark in loaded for number in
                 benchmark.numbers[ranks.ddp_rank::ranks.ddp_world_size])
-    return tqdm(total=total, disable=not ranks.master_process,
+    return tqdm(total=total, disable=not loaded or not ranks.master_process,
                 bar_format="{desc}{percentage:3.0f}%|{bar}| {elapsed}, {remaining} left")
 
 
-def score_all(model: Any, tokenizer: Any, loaded: Sequence[Benchmark], ranks: Ranks,
-              args: argparse.Namespace, done: list[TaskResult]) -> None:
+def score_one(model: Any, tokenizer: Any, benchmark: Benchmark, ranks: Ranks,
+              args: argparse.Namespace, progress: tqdm, done: list[TaskResult]) -> None:
     """
-    Score a model on benchmarks, and append each TaskResult to `done`. After Ctrl-C, `done` also has
-    what this rank has finished of the benchmark that was interrupted.
+    Score a model on a benchmark, and append the TaskResult to `done`. After Ctrl-C, it is that of
+    the examples that this rank has finished.
     """
-    progress = make_progress(loaded, ranks)
-    for benchmark in loaded:
-        progress.set_description_str(f"{benchmark.name}: ")
-        results: dict[int, dict] = {}
-        start = time.perf_counter()
+    results: dict[int, dict] = {}
+    start = time.perf_counter()
 
-        def on_result(number: int, result: dict, benchmark: Benchmark = benchmark,
-                      results: dict[int, dict] = results) -> None:
-            results[number] = result
-            progress.update(benchmark.size(number))
+    def on_result(number: int, result: dict) -> None:
+        results[number] = result
+        progress.update(benchmark.size(number))
 
-        try:
-            benchmarks.score_benchmark(model, tokenizer, benchmark, ranks, args.batch_tokens,
-                                       on_result)
-            gathered = benchmarks.gather_results(results)
-        except KeyboardInterrupt:
-            progress.close()
-            if results:
-                done.append(summarize(benchmark, sorted(results.items()),
-                                      time.perf_counter() - start))
-            raise
-        done.append(summarize(benchmark, gathered, time.perf_counter() - start))
-    progress.close()
+    progress.set_description_str(f"{benchmark.name}: ")
+    try:
+        benchmarks.score_benchmark(
+            model, tokenizer, benchmark, ranks, args.batch_tokens, on_result)
+        gathered = benchmarks.gather_results(results)
+    except KeyboardInterrupt:
+        if results:
+            seconds = time.perf_counter() - start
+            done.append(summarize(benchmark, sorted(results.items()), seconds))
+        raise
+    done.append(summarize(benchmark, gathered, time.perf_counter() - start))
 
 
 def score_with_lm_eval(model: Any, tokenizer: Any, names: list[str], ranks: Ranks,
@@ -410,10 +405,12 @@ def score_model(args: argparse.Namespace, ranks: Ranks) -> None:
                  f"{args.dtype} on {ranks.device}")
     done: list[TaskResult] = []
     try:
-        with autocast(ranks.device, getattr(torch, args.dtype)):
+        with autocast(ranks.device, getattr(torch, args.dtype)), \
+                make_progress(loaded, ranks) as progress:
             # lm-eval first, because only here it turns out whether it knows the names
             score_with_lm_eval(model, tokenizer, lm_eval_names, ranks, args, done)
-            score_all(model, tokenizer, loaded, ranks, args, done)
+            for benchmark in loaded:
+                score_one(model, tokenizer, benchmark, ranks, args, progress, done)
         if args.out is not None and ranks.master_process:
             write_output(out, to_json(source, num_parameters, done))
     finally:  # after Ctrl-C, after a task of lm-eval that cannot be loaded, or on a full disk
