@@ -84,12 +84,14 @@ def find_published(model: str, folder: Path) -> dict[tuple[str, str], tuple[floa
     index = list(MODELS).index(model)
     published = {key: (values[index], source) for key, (values, source) in PUBLISHED.items()
                  if values[index] is not None}
-    if table := benchmarks.find_file(folder, BUNDLE_TABLES[model]):
-        for line in table.content.decode("utf-8").splitlines():
-            with contextlib.suppress(ValueError):  # the header, and cells that are empty
-                task, accuracy, centered = (cell.strip() for cell in line.split(","))
-                metric = ("CORE", "CORE") if task == "CORE" else (task, "acc")
-                published[metric] = float(accuracy or centered), "bundle"
+    table = None
+    with contextlib.suppress(UserError, OSError):  # a zip file that is not the bundle
+        table = benchmarks.find_file(folder, BUNDLE_TABLES[model])
+    for line in table.content.decode("utf-8", "replace").splitlines() if table else ():
+        with contextlib.suppress(ValueError):  # the header, and cells that are empty
+            task, accuracy, centered = (cell.strip() for cell in line.split(","))
+            metric = ("CORE", "CORE") if task == "CORE" else (task, "acc")
+            published[metric] = float(accuracy or centered), "bundle"
     return published
 
 
@@ -211,17 +213,26 @@ def to_json(source: str, num_parameters: int, done: Sequence[TaskResult]) -> byt
 # comparing two models
 
 
+def is_task(task: dict) -> bool:
+    """Whether a dict is what to_json writes of a task. Raises KeyError, TypeError and the like."""
+    columns = task["results"]
+    values = [value for column in columns.values() for value in column]
+    return (isinstance(task["data"], str)
+            and all(len(column) == task["examples"] for column in columns.values())
+            and all(isinstance(value, int | float) for value in values)
+            and (not columns or len(set(columns["number"])) == task["examples"]))
+
+
 def read_results(path: str) -> dict[str, dict]:
     """{task: what to_json wrote of it} of a file. Raises UserError if it is another file."""
     remedy = "name a file written by evaluate.py --out"
     tasks = read_json(Path(path), remedy).get("tasks")
     try:
-        for task in tasks.values():
-            if not isinstance(task["data"], str) or {len(column) for column in
-                                                     task["results"].values()} - {task["examples"]}:
-                raise ValueError
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} was not written by evaluate.py --out: {remedy}") from error
+        valid = all(is_task(task) for task in tasks.values())
+    except (AttributeError, KeyError, TypeError):
+        valid = False
+    if not valid:
+        raise UserError(f"{path} was not written by evaluate.py --out: {remedy}")
     return tasks
 
 
@@ -278,11 +289,15 @@ def compare(path_a: str, path_b: str) -> None:
     """Print for each task how the results in two files of --out differ."""
     a, b = read_results(path_a), read_results(path_b)
     lines: list[str] = []
-    for name in [name for name in a if name in b]:
-        if a[name]["data"] == b[name]["data"]:
-            lines += compare_task(name, a[name], b[name])
-        else:
+    for name in {**a, **b}:
+        if name not in a or name not in b:
+            print(f"{name}: not compared, because only one of the files has this task")
+        elif a[name]["data"] != b[name]["data"]:
             print(f"{name}: not compared, because the two files come from different data")
+        elif name.startswith("lm_eval:"):
+            print(f"{name}: not compared, because lm-eval's examples are not in the files")
+        else:
+            lines += compare_task(name, a[name], b[name])
     if not lines:
         raise UserError(f"{path_a} and {path_b} have no example of a task in common: score both "
                         "models on the same tasks and data")
@@ -307,6 +322,8 @@ def choose_tasks(args: argparse.Namespace, folder: Path | None) -> tuple[list[st
         return found, []
     prefix = "lm_eval:"
     names = [name for part in args.tasks for name in split_list(part)]
+    if not names:
+        raise UserError("--tasks names no task: --help lists the tasks")
     lm_eval_names = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
     if lm_eval_names:
         harness.import_lm_eval()  # raises now if the package is missing
@@ -322,7 +339,7 @@ def load_benchmarks(args: argparse.Namespace, ranks: Ranks) -> tuple[list[Benchm
         if args.tasks not in (None, ["wikitext"]):
             raise UserError(f"{data} is not a folder: name the folder of the tasks' files, or "
                             "leave out --tasks for the perplexity of a text")
-        return benchmarks.load_text(data, args.limit, args.stride), []
+        return benchmarks.load_text(data, args.limit, args.stride, bool(args.tasks)), []
     # the master chooses, because a default depends on the files of one node
     names, lm_eval_names = on_master(ranks, lambda: choose_tasks(args, data))
     loaded = [benchmark for name in names
@@ -358,9 +375,9 @@ def score_one(model: Any, tokenizer: Any, benchmark: Benchmark, ranks: Ranks,
             model, tokenizer, benchmark, ranks, args.batch_tokens, on_result)
         gathered = benchmarks.gather_results(results)
     except KeyboardInterrupt:
-        if results:
-            seconds = time.perf_counter() - start
-            done.append(summarize(benchmark, sorted(results.items()), seconds))
+        if finished := sorted(benchmark.finished(results).items()):
+            result = summarize(benchmark, finished, time.perf_counter() - start)
+            done.append(result._replace(task=f"{result.task} (interrupted)"))
         raise
     done.append(summarize(benchmark, gathered, time.perf_counter() - start))
 
@@ -391,11 +408,13 @@ def score_with_lm_eval(model: Any, tokenizer: Any, names: list[str], ranks: Rank
 def score_model(args: argparse.Namespace, ranks: Ranks) -> None:
     """Score the model that the command line names; print the table and write --out."""
     source = default_source() if args.model is None else args.model
-    if args.out is not None:
-        inputs = [*list_model_files(source), *([] if args.data is None else [args.data])]
-        out = on_master(ranks, lambda: check_output(args.out, inputs))
     loaded, lm_eval_names = load_benchmarks(args, ranks)
+    if args.out is not None:
+        inputs = [*list_model_files(source), *(each.path for each in loaded), *lm_eval_names]
+        out = on_master(ranks, lambda: check_output(args.out, inputs))
     model, tokenizer = load(source, ranks.device)
+    if not all(p.isfinite().all() for p in model.parameters()):
+        raise UserError(f"{source} has weights that are NaN or infinite: name another model")
     kernels.optimize(model)
     for benchmark in loaded:
         benchmark.prepare(tokenizer, model.config.block_size)
@@ -436,7 +455,8 @@ def parse_args() -> argparse.Namespace:
         help="dtype of the matmuls (%(default)s)")
     add("--data", help="folder with the tasks' files; or a UTF-8 text, whose perplexity is "
         f"measured (default: {benchmarks.DATA_DIR}, to which files are downloaded)")
-    add("--limit", type=int, help="score only N examples of each task, evenly spaced")
+    add("--limit", type=int, help="score only N examples of each task, evenly spaced "
+        "(a text is scored whole)")
     add("--stride", type=int, help="also measure the perplexity per token of wikitext or a text, "
         "in windows that begin every N tokens")
     add("--batch_tokens", type=int, help="how many tokens to score at once, padding included "

@@ -648,7 +648,7 @@ def train(config):
     """
     Train a GPT. Returns {"step", "train_loss", "val_loss" (both in nats a token), "bits_per_byte"
     (None where the shards do not tell their bytes), "seconds", "checkpoint" (None if the last one
-    could not be written), "stopped" (by a signal)}. Raises UserError before anything is written.
+    could not be written), "stopped" (by a signal)}. Raises UserError, or OSError.
     """
     run, start_step, resumed_from = setup(config)
     device = run.ranks.device

@@ -7,6 +7,7 @@ the end.
 import difflib
 import functools
 import json
+import lzma
 import math
 import os
 import re
@@ -20,7 +21,7 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 
 from gpt2lab import core, distributed
-from gpt2lab.cli import UserError, split_list
+from gpt2lab.cli import UserError, first_line, split_list
 from gpt2lab.distributed import Ranks
 from gpt2lab.downloads import OfficialFile, download_on_each_node
 from gpt2lab.files import sha256
@@ -57,6 +58,7 @@ class Benchmark:
     shots = 0
     main_metric = "acc"  # what training logs
     numbers: list[int]  # of the examples that are scored
+    path: Path  # of the file
     fingerprint = ""  # of the file, so that only results of the same examples are compared
 
     def prepare(self, tokenizer: Tokenizer, block_size: int) -> None:
@@ -81,6 +83,10 @@ class Benchmark:
     def metrics(self, results: Sequence[dict]) -> list[Metric]:
         """What is measured, from one or more results."""
         raise NotImplementedError
+
+    def finished(self, results: dict[int, dict]) -> dict[int, dict]:
+        """Those of the {number: result} of an interrupted benchmark that `metrics` can use."""
+        return results
 
 
 def accuracy(name: str, results: Sequence[dict], key: str = "correct") -> Metric:
@@ -264,6 +270,13 @@ class Perplexity(Benchmark):
         return {"document": self.windows[number][0], "loss": float(scores.loss_sums[0]),
                 "tokens": rows.num_scored[0]}
 
+    def finished(self, results: dict[int, dict]) -> dict[int, dict]:
+        """The results of the documents whose windows have all been scored."""
+        unfinished = {document for number, (document, _) in enumerate(self.windows)
+                      if number not in results}
+        return {number: result for number, result in results.items()
+                if result["document"] not in unfinished}
+
     def metrics(self, results: Sequence[dict]) -> list[Metric]:
         """Perplexity per word, and bits per byte, of the documents that have results."""
         losses: dict[int, float] = {}
@@ -286,9 +299,18 @@ class Strided(Perplexity):
 
     main_metric = "token perplexity"
 
-    def __init__(self, name: str, text: str, stride: int) -> None:
+    def __init__(self, name: str, text: str, stride: int, limit: int | None = None) -> None:
         super().__init__(f"{name}, stride {stride}", [Document(text, 1, 1)], None)
-        self.stride = stride
+        self.stride, self.num_windows = stride, limit
+
+    def prepare(self, tokenizer: Tokenizer, block_size: int) -> None:
+        """Cut the text into windows, and choose as many as the limit allows."""
+        super().prepare(tokenizer, block_size)
+        self.numbers = evenly_spaced(len(self.windows), self.num_windows)
+
+    def finished(self, results: dict[int, dict]) -> dict[int, dict]:
+        """All results, because a part of the windows has a perplexity, too."""
+        return results
 
     def cut(self, tokens: list[int], eot: int, block_size: int) -> Iterator[Rows]:
         """Yield the windows. Raises UserError if they would leave out tokens."""
@@ -356,7 +378,7 @@ def make_wikitext(text: str, limit: int | None, stride: int | None) -> list[Benc
     if stride:  # Hugging Face's copy has a row for each line, and joins them with an empty line
         lines = text.removesuffix("\n").split("\n")
         rows = [line + "\n" if line.strip() else "" for line in lines]
-        benchmarks.append(Strided("wikitext", "\n\n".join(rows), stride))
+        benchmarks.append(Strided("wikitext", "\n\n".join(rows), stride, limit))
     return benchmarks
 
 
@@ -400,11 +422,16 @@ def expand_names(names: Sequence[str]) -> list[str]:
     expanded: dict[str, None] = {}
     for name in names:
         if name not in (*SINGLE_NAMES, *GROUPS):
-            near = difflib.get_close_matches(name, (*SINGLE_NAMES, *GROUPS), 1)
+            near = difflib.get_close_matches(name.lower(), (*SINGLE_NAMES, *GROUPS), 1)
             raise UserError(f"there is no task {name!r}"
                             + (f", but {near[0]!r}" if near else "") + ": --help lists the tasks")
         expanded |= dict.fromkeys(GROUPS.get(name, (name,)))
     return list(expanded)
+
+
+# what zipfile raises for a zip file that is damaged, encrypted or compressed in a rare way
+ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError,
+              NotImplementedError)
 
 
 class FoundFile(NamedTuple):
@@ -412,22 +439,24 @@ class FoundFile(NamedTuple):
 
     name: str  # for messages
     content: bytes
+    path: Path  # of the file itself, or of the zip file
 
 
 def find_file(folder: Path, pattern: str) -> FoundFile | None:
     """The first file below a folder, or in one of its zip files, whose name matches a pattern."""
     for path in sorted(folder.rglob(pattern)):
         if path.is_file():
-            return FoundFile(str(path), path.read_bytes())
+            return FoundFile(str(path), path.read_bytes(), path)
     for archive_path in sorted(folder.glob("*.zip")):
         try:
             with zipfile.ZipFile(archive_path) as archive:
                 for member in sorted(archive.namelist()):
                     if PurePosixPath(member).match(pattern):
-                        return FoundFile(f"{member} in {archive_path}", archive.read(member))
-        except (zipfile.BadZipFile, zlib.error) as error:
-            raise UserError(f"{archive_path} is damaged ({error}): delete it, so that it is "
-                            "downloaded again") from error
+                        return FoundFile(f"{member} in {archive_path}", archive.read(member),
+                                         archive_path)
+        except ZIP_ERRORS as error:
+            raise UserError(f"{archive_path} cannot be read ({first_line(error)}): remove it from "
+                            "the folder, or get it again") from error
     return None
 
 
@@ -487,7 +516,7 @@ def convert_hellaswag(folder: Path | None) -> FoundFile | None:
                 query, choices = lm_eval_texts(example)
                 items.append({"query": query, "choices": choices, "gold": int(example["label"])})
             lines = "".join(json.dumps(item) + "\n" for item in items)
-            return FoundFile(str(path), lines.encode("utf-8"))
+            return FoundFile(str(path), lines.encode("utf-8"), path)
     return None
 
 
@@ -552,19 +581,25 @@ def load_benchmark(name: str, folder: Path | None, ranks: Ranks, limit: int | No
     return sign([Core(task, items, limit)], file)
 
 
-def load_text(path: Path, limit: int | None, stride: int | None) -> list[Benchmark]:
-    """The benchmarks of a UTF-8 text file of one's own, which is a single document."""
-    file = FoundFile(str(path), path.read_bytes())
-    text = decode_text(file)
+def load_text(path: Path, limit: int | None, stride: int | None,
+              is_wikitext: bool = False) -> list[Benchmark]:
+    """
+    The benchmarks of a UTF-8 text file of one's own, which is a single document, or of another file
+    in the format of WikiText's raw text.
+    """
+    file = FoundFile(str(path), path.read_bytes(), path)
+    text, name = decode_text(file), f"text {path.name}"
+    if is_wikitext:
+        return sign(make_wikitext(text.replace("\r\n", "\n"), limit, stride), file)
     document = Document(text, len(text.split()), len(text.encode("utf-8")))
-    found: list[Benchmark] = [Perplexity(path.name, [document], limit)]
-    return sign([*found, Strided(path.name, text, stride)] if stride else found, file)
+    found: list[Benchmark] = [Perplexity(name, [document], limit)]
+    return sign([*found, Strided(name, text, stride, limit)] if stride else found, file)
 
 
 def sign(made: list[Benchmark], file: FoundFile) -> list[Benchmark]:
-    """The benchmarks `made` from a file, with its fingerprint."""
+    """The benchmarks `made` from a file, with its path and its fingerprint."""
     for benchmark in made:
-        benchmark.fingerprint = sha256(file.content)[:16]
+        benchmark.path, benchmark.fingerprint = file.path, sha256(file.content)[:16]
     return made
 
 

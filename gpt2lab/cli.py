@@ -84,7 +84,7 @@ def add_options(parser: argparse.ArgumentParser, config_class: type) -> None:
 
 def split_list(text: str | None) -> list[str]:
     """The parts of a value like "a,b" of a flag, and none of an empty one or of None."""
-    return [part for part in (text or "").split(",") if part]
+    return [part.strip() for part in (text or "").split(",") if part.strip()]
 
 
 def value_type(hint: Any) -> Any:

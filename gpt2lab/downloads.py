@@ -2,15 +2,13 @@
 
 import hashlib
 import os
-import shutil
-import tempfile
 import time
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from gpt2lab.cli import env_ranks
 from gpt2lab.distributed import Ranks, sum_over_ranks
-from gpt2lab.files import write_atomically
+from gpt2lab.files import flush_to_disk
 
 ATTEMPTS = 5
 SHOW_PROGRESS_BYTES = 10_000_000  # smaller files arrive before anybody asks how long it takes
@@ -34,16 +32,21 @@ def download(file: OfficialFile) -> Path:
     if file.path.is_file():
         return file.path
     file.path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=file.path.parent) as temporary:
-        url = os.environ.get(file.variable) or file.url
-        fetch(url, file, temporary)
-        temporary.seek(0)
-        if hashlib.file_digest(temporary, "sha256").hexdigest() != file.sha256:
-            raise OSError(f"{url} is not the official {file.path.name}, because its sha256 "
-                          f"differs: set {file.variable} to another mirror, or put the file at "
-                          f"{file.path}")
-        temporary.seek(0)
-        write_atomically(file.path, lambda out: shutil.copyfileobj(temporary, out))
+    # another process may download the same file at the same time
+    temporary = file.path.with_name(f"{file.path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w+b") as out:
+            url = os.environ.get(file.variable) or file.url
+            fetch(url, file, out)
+            out.seek(0)
+            if hashlib.file_digest(out, "sha256").hexdigest() != file.sha256:
+                raise OSError(f"{url} is not the official {file.path.name}, because its sha256 "
+                              f"differs: set {file.variable} to another mirror, or put the file "
+                              f"at {file.path}")
+            flush_to_disk(out)
+        os.replace(temporary, file.path)
+    finally:
+        temporary.unlink(missing_ok=True)  # half a file would take up space
     return file.path
 
 
@@ -84,7 +87,7 @@ def receive(url: str, file: OfficialFile, out: BinaryIO) -> None:
             total = start + int(to_come)
         with tqdm(total=total, initial=start, unit="B", unit_scale=True, desc=file.path.name,
                   disable=(total or 0) < SHOW_PROGRESS_BYTES) as progress:
-            for block in response.iter_content(1 << 20):
+            for block in response.iter_content(1 << 16):
                 out.write(block)
                 progress.update(len(block))
     if total and out.tell() < total:

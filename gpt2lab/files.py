@@ -96,7 +96,10 @@ def check_output(path: str | Path, inputs: Iterable[str | Path] = ()) -> Path:
 def write_output(path: Path, data: bytes) -> None:
     """Write a file that check_output has accepted: atomically, or into a pipe or device."""
     if path.exists() and not path.is_file():
-        path.write_bytes(data)
+        try:
+            path.write_bytes(data)
+        except OSError as error:
+            raise OSError(f"cannot write {path} ({error}): name another file") from error
     else:
         write_atomically(path, lambda file: file.write(data))
 

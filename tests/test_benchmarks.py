@@ -290,7 +290,7 @@ def test_a_single_document_has_no_standard_error(models, bpe300, tmp_path):
         loss / math.log(2) / len(text[1:].encode()), rel=1e-5)
     assert metrics["word perplexity"].value == pytest.approx(math.exp(loss / 9), rel=1e-3)
     assert [metric.standard_error for metric in metrics.values()] == [None, None]
-    assert (whole.name, strided.name) == ("own.txt", "own.txt, stride 8")
+    assert (whole.name, strided.name) == ("text own.txt", "text own.txt, stride 8")
 
 
 @pytest.mark.parametrize("stride", [BLOCK_SIZE, BLOCK_SIZE // 2])
@@ -409,7 +409,7 @@ def test_files_are_found_below_a_folder_and_in_its_zip_files(tmp_path):
 def test_a_damaged_zip_file_is_an_error_in_one_line(tmp_path, change):
     words = "".join(f" line {i} of the text \n" for i in range(3000))
     (tmp_path / "wiki.zip").write_bytes(change(make_zip({"wiki.test.raw": words})))
-    with pytest.raises(UserError, match=r"wiki\.zip is damaged"):
+    with pytest.raises(UserError, match=r"wiki\.zip cannot be read"):
         load_benchmark("wikitext", tmp_path, ALONE, None, None)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -301,7 +302,8 @@ def test_a_bad_line_is_named(kind, line, message):
     bad = (line if isinstance(line, str) else json.dumps(line)).encode("latin-1")
     content = json.dumps(good).encode() + b"\n\n" + bad + b"\n"
     with pytest.raises(UserError, match=f"^made_up.jsonl, line 3 {message}"):
-        parse_lines(FoundFile("made_up.jsonl", content), lambda item: core.find_fault(item, kind))
+        parse_lines(FoundFile("made_up.jsonl", content, Path()),
+                    lambda item: core.find_fault(item, kind))
 
 
 def test_good_lines_are_items():
@@ -309,13 +311,13 @@ def test_good_lines_are_items():
                        ("schema", SCHEMA | {"gold": 1}),
                        ("language_modeling", LANGUAGE_MODELING | {"context": "", "more": None})):
         content = b"\xef\xbb\xbf" + json.dumps(item).encode() + b"\r\n \n"
-        assert parse_lines(FoundFile("a", content),
+        assert parse_lines(FoundFile("a", content, Path()),
                            lambda item, kind=kind: core.find_fault(item, kind)) == [item]
 
 
 def test_an_empty_file_is_an_error():
     with pytest.raises(UserError, match=r"made_up\.jsonl is empty"):
-        parse_lines(FoundFile("made_up.jsonl", b"\n \n"), lambda item: None)
+        parse_lines(FoundFile("made_up.jsonl", b"\n \n", Path()), lambda item: None)
 
 
 def test_too_few_lines_for_the_solved_items_are_an_error():

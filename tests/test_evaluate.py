@@ -1,6 +1,7 @@
 """evaluate.py: the table, the file of results, comparing two of them, and scores in training."""
 
 import json
+import math
 import zipfile
 
 import matplotlib.figure
@@ -93,7 +94,7 @@ def test_a_text_of_ones_own(call_main, log_dir, tmp_path, monkeypatch):
                                "--stride", 8)
     assert code == 0, err
     assert [line.split()[0] for line in out.splitlines()[1:]] == [
-        "task", "my.txt", "my.txt", "my.txt,"]
+        "task", "text", "text", "text"]
     assert "token perplexity" in out
 
 
@@ -111,7 +112,36 @@ def test_control_c_prints_what_is_there(call_main, log_dir, eval_data, monkeypat
                                "piqa,winograd")
     assert code == 130 and "interrupted" in err
     rows = {line.split()[0]: line.split() for line in out.splitlines()}
-    assert rows["piqa"][6] == "14" and rows["winograd"][6] == "3"
+    assert rows["piqa"][6] == "14"
+    assert rows["winograd"][1] == "(interrupted)" and rows["winograd"][6] == "3"
+
+
+def test_control_c_leaves_out_documents_that_are_not_finished(
+        call_main, log_dir, eval_data, tmp_path, monkeypatch):
+    """Guards against the losses of a few windows that are divided by the bytes of all."""
+    judge, judged = benchmarks.Perplexity.judge, []
+
+    def interrupt(self, number, *args):
+        result = judge(self, number, *args)
+        judged.append(result["document"])
+        if len(judged) == 3:
+            raise KeyboardInterrupt
+        return result
+
+    flags = ("--model", log_dir, "--device=cpu", "--tasks", "wikitext", "--batch_tokens", 1)
+    call_main(evaluate, *flags, "--out", "whole.json")
+    columns = read_tasks(tmp_path / "whole.json")["wikitext"]["results"]
+    monkeypatch.setattr(benchmarks.Perplexity, "judge", interrupt)
+    code, out, _ = call_main(evaluate, *flags)
+    # of the two windows that are done, the second one ends a document, which has two windows or one
+    (finished,) = (document for document in {*judged[:2]}
+                   if judged[:2].count(document) == columns["document"].count(document))
+    loss = sum(loss for document, loss in zip(columns["document"], columns["loss"], strict=True)
+               if document == finished)
+    text = benchmarks.split_wikitext((eval_data / "wiki.test.raw").read_text("utf-8"))[finished]
+    bits = loss / math.log(2) / len(text.encode("utf-8"))
+    assert code == 130 and [line.split()[5] for line in out.splitlines()
+                            if "bits per byte" in line] == [f"{bits:.4f}"]
 
 
 def test_the_data_of_a_task_that_is_not_scored_is_not_read(call_main, log_dir, eval_data):
@@ -127,7 +157,9 @@ def test_the_data_of_a_task_that_is_not_scored_is_not_read(call_main, log_dir, e
     (("--tasks", "piqa", "--data", "eval_data/piqa.jsonl"), "is not a folder"),
     (("--data", "binary"), "binary is not UTF-8"), (("--data", "blank"), "blank is empty"),
     (("--tasks", "wikitext", "--stride", 33), "--stride 33 must be at most 32"),
-    (("--out", "eval_data"), "is a folder"), (("--tasks", "piqa", "--limit", "x"), "--limit"),
+    (("--out", "eval_data"), "is a folder"), (("--tasks", ","), "names no task"),
+    (("--tasks", "piqa", "--out", "eval_data/piqa.jsonl"), "is in use"),
+    (("--tasks", " LAMBADA"), "but 'lambada'"), (("--tasks", "piqa", "--limit", "x"), "--limit"),
     (("--compare", "a", "b", "--out", "c"), "leave out --out"),
     (("--data", "eval_data/piqa.jsonl", "--out", "eval_data/piqa.jsonl"), "is in use")])
 def test_a_bad_command_line_is_one_line(call_main, log_dir, eval_data, tmp_path, flags, message):
@@ -137,6 +169,22 @@ def test_a_bad_command_line_is_one_line(call_main, log_dir, eval_data, tmp_path,
     code, _, err = call_main(evaluate, "--model", log_dir, "--device=cpu", *flags)
     lines = [line for line in err.splitlines() if "error:" in line]
     assert code == 2 and len(lines) == 1 and message in lines[0], err
+
+
+def test_weights_that_are_not_finite_are_refused(call_main, log_dir, eval_data, tmp_path):
+    """Guards against accuracies of a model whose losses are all NaN, so that each choice is 0."""
+    path = max(log_dir.glob("model_*.pt"))
+    checkpoint = torch.load(path)
+    checkpoint["model"]["transformer.ln_f.bias"][0] = float("nan")
+    torch.save(checkpoint, tmp_path / "nan.pt")
+    code, _, err = call_main(evaluate, "--model", "nan.pt", "--device=cpu", "--tasks", "piqa")
+    assert code == 2 and "NaN" in err and err.count("\n") == 1
+
+
+def test_a_zip_file_that_is_not_the_bundle_does_no_harm(call_main, log_dir, eval_data):
+    (eval_data / "other.zip").write_bytes(b"PK nonsense")
+    code, out, err = call_main(evaluate, "--model", log_dir, "--device=cpu", "--tasks", "piqa")
+    assert code == 0 and "piqa" in out, err
 
 
 def test_the_mean_over_core_is_called_core_only_if_it_is_whole():
@@ -216,13 +264,17 @@ def test_results_of_other_data_are_not_compared(call_main, tmp_path):
 
 @pytest.mark.parametrize("content", [
     "", "[]", "{}", '{"tasks": 3}', '{"tasks": {"piqa": {}}}', '{"tasks": {"piqa": 3}}', "\xff",
-    '{"tasks": {}}', '{"tasks": {"piqa": {"data": "", "examples": 1, "results": {"number": []}}}}'])
+    '{"tasks": {}}', '{"tasks": {"piqa": {"data": "", "examples": 1, "results": {"number": []}}}}',
+    '{"tasks": {"piqa": {"data": "", "examples": 1, "results": {"correct": [true]}}}}',
+    '{"tasks": {"piqa": {"data": "", "examples": 1, "results": {"number": [[]]}}}}',
+    '{"tasks": {"piqa": {"data": "", "examples": 2, "results": {"number": [1, 1]}}}}'])
 def test_only_files_of_results_are_compared(call_main, tmp_path, content):
     write_results(tmp_path / "a", [True] * 8)
     (tmp_path / "c").write_text(content, encoding="latin-1")
     for pair in (("a", "c"), ("c", "a")):
         code, out, err = call_main(evaluate, "--compare", *(tmp_path / name for name in pair))
-        assert (code, out) == (2, "") and "evaluate.py" in err and err.count("\n") == 1
+        assert code == 2 and "evaluate.py" in err and err.count("\n") == 1
+        assert " acc" not in out
 
 
 # in training
