@@ -7,6 +7,7 @@ import shutil
 import pytest
 from conftest import ROOT, small_text
 
+import evaluate
 import export_hf
 import fineweb
 import hellaswag
@@ -16,7 +17,7 @@ import train_gpt2
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SCRIPTS = {f"{module.__name__}.py": module
-           for module in (export_hf, fineweb, hellaswag, plot, sample, train_gpt2)}
+           for module in (evaluate, export_hf, fineweb, hellaswag, plot, sample, train_gpt2)}
 
 
 @pytest.fixture
@@ -74,5 +75,8 @@ def test_from_a_book_to_an_exported_model(run_readme, tmp_path):
     run_readme("python export_hf.py log half --dtype bfloat16")
     assert run_readme("python sample.py --style creative", "--model", "my_gpt2",
                       "--max_new_tokens", 5, *cpu)
-    assert "/5=" in run_readme("python hellaswag.py --lm_eval_style", "--model", "my_gpt2",
+    assert "/5=" in run_readme("python hellaswag.py", "--lm_eval_style", "--model", "my_gpt2",
                                "--data", "few.jsonl", *cpu)
+    (tmp_path / "book.txt").write_text(small_text(3_000), encoding="utf-8")
+    assert "bits per byte" in run_readme("python evaluate.py --data book.txt", "--model",
+                                         "my_gpt2", *cpu)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import parse_train_flags, read_log, tiny_config
 
-from gpt2lab import presets, shards, tasks
+from gpt2lab import downloads, presets, shards
 from gpt2lab.checkpoints import find_checkpoint, load_checkpoint
 from gpt2lab.cli import UserError
 from train_gpt2 import DataLoaderLite, TrainConfig, build_model, get_lr, train
@@ -165,7 +165,7 @@ def test_training_goes_on_if_hellaswag_cannot_be_downloaded(
         data_dir, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HELLASWAG_URL", "http://127.0.0.1:9/none")
-    monkeypatch.setattr(tasks.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(downloads.time, "sleep", lambda seconds: None)
     assert train(tiny_config(data_dir, tmp_path, hellaswag_every=2))["step"] == 6
     assert capsys.readouterr().out.count("warning: training goes on without HellaSwag") == 1
 
