@@ -187,7 +187,7 @@ class Lambada(Benchmark):
         """One row, whose last word is scored."""
         context, passage = encoded
         row = passage if context else [eot, *passage]
-        num_scored = len(passage) - len(context)
+        num_scored = max(len(passage) - len(context), 1)
         row = row[-block_size - 1:]  # the last token is predicted, but not read
         return Rows([row], [min(num_scored, len(row) - 1)])
 
