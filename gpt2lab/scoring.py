@@ -167,9 +167,7 @@ def hidden_at(model: Any, idx: Tensor, pos: Tensor, mask: Tensor | None,
 
 @torch.inference_mode()
 def score_trees(model: Any, batch: TreeBatch, device: torch.device, vocab_size: int) -> TokenScores:
-    """
-    The scores of the tokens of a batch, by a GPT.
-    """
+    """The scores of the tokens of a batch, by a GPT."""
     mask = batch.mask()
     mask = None if mask is None else torch.from_numpy(mask).to(device)  # (B, 1, N, N)
     idx, pos, positions, inverse, targets = (
