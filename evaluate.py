@@ -412,10 +412,10 @@ def score_model(args: argparse.Namespace, ranks: Ranks) -> None:
     if args.out is not None:
         inputs = [*list_model_files(source), *(each.path for each in loaded), *lm_eval_names]
         out = on_master(ranks, lambda: check_output(args.out, inputs))
-    model, tokenizer = load(source, ranks.device)
+    model, tokenizer = load(source)
     if not all(p.isfinite().all() for p in model.parameters()):
         raise UserError(f"{source} has weights that are NaN or infinite: name another model")
-    kernels.optimize(model)
+    kernels.optimize(model.to(ranks.device))
     for benchmark in loaded:
         benchmark.prepare(tokenizer, model.config.block_size)
     num_parameters = sum(p.numel() for p in model.parameters())

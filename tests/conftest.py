@@ -1,5 +1,6 @@
 """What several tests share: a small real text, shards and runs made from it, running scripts."""
 
+import functools
 import json
 import os
 import shutil
@@ -124,13 +125,20 @@ def log_dir(tmp_path_factory, data_dir):
     return path
 
 
-@pytest.fixture
-def gpt2_tokenizer():
-    """GPT-2's own tokenizer. Skips the test where it cannot be loaded."""
+@functools.cache  # without a network, an attempt takes half a minute
+def load_gpt2_tokenizer():
+    """GPT-2's own tokenizer, or None where it cannot be loaded."""
     try:
         return Tokenizer("gpt2")
     except UserError:
-        pytest.skip("no gpt2 tokenizer: TIKTOKEN_CACHE_DIR is not set and no network")
+        return None
+
+
+@pytest.fixture
+def gpt2_tokenizer():
+    """GPT-2's own tokenizer. Skips the test where it cannot be loaded."""
+    return load_gpt2_tokenizer() or pytest.skip(
+        "no gpt2 tokenizer: TIKTOKEN_CACHE_DIR is not set and no network")
 
 
 @pytest.fixture
