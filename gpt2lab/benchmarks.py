@@ -449,14 +449,20 @@ def find_file(folder: Path, pattern: str) -> FoundFile | None:
             return FoundFile(str(path), path.read_bytes(), path)
     for archive_path in sorted(folder.glob("*.zip")):
         try:
-            with zipfile.ZipFile(archive_path) as archive:
-                for member in sorted(archive.namelist()):
-                    if PurePosixPath(member).match(pattern):
-                        return FoundFile(f"{member} in {archive_path}", archive.read(member),
-                                         archive_path)
+            if found := find_in_zip(archive_path, pattern):
+                return found
         except ZIP_ERRORS as error:
             raise UserError(f"{archive_path} cannot be read ({first_line(error)}): remove it from "
                             "the folder, or get it again") from error
+    return None
+
+
+def find_in_zip(path: Path, pattern: str) -> FoundFile | None:
+    """The first file in a zip file whose name matches a pattern. Raises one of ZIP_ERRORS."""
+    with zipfile.ZipFile(path) as archive:
+        for member in sorted(archive.namelist()):
+            if PurePosixPath(member).match(pattern):
+                return FoundFile(f"{member} in {path}", archive.read(member), path)
     return None
 
 
