@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from gpt2lab import kernels
 from gpt2lab.checkpoints import default_source, list_model_files
-from gpt2lab.cli import UserError, make_parser, run_main
+from gpt2lab.cli import UserError, check_positive, make_parser, run_main
 from gpt2lab.distributed import Ranks, init_distributed, on_master
 from gpt2lab.downloads import download_on_each_node
 from gpt2lab.files import check_output, write_output
@@ -193,10 +193,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"),
                         help="compare two files written with --out, and score nothing")
     args = parser.parse_args()
-    for name in ("limit", "batch_tokens"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name} {value} must be at least 1")
+    check_positive(args, "limit", "batch_tokens")
     if args.compare and args.out is not None:
         raise UserError("--compare scores nothing, so it has nothing to write: leave out --out")
     return args

@@ -82,6 +82,14 @@ def add_options(parser: argparse.ArgumentParser, config_class: type) -> None:
                                 help=f"{help} (%(default)s)", **f.metadata["extra"])
 
 
+def check_positive(args: argparse.Namespace, *names: str) -> None:
+    """Raise UserError if one of these numbers of a command line is below 1. None is allowed."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} {value} must be at least 1")
+
+
 def split_list(text: str | None) -> list[str]:
     """The parts of a value like "a,b" of a flag, and none of an empty one or of None."""
     return [part.strip() for part in (text or "").split(",") if part.strip()]
