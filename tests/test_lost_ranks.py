@@ -32,7 +32,10 @@ lock(mutex)
 RANK = BLOCK_FOR_EVER + """
 import os, signal, sys, threading
 import torch.distributed as dist
-from gpt2lab import distributed, signals
+from gpt2lab import distributed, signals, streams
+# writes each line at once, as in the scripts: torchrun's python -u writes its end separately, so
+# that the lines of two ranks can mix
+streams.open_standard_streams(lambda error: None)
 ranks = distributed.init_distributed("cpu")
 distributed.BLOCKED_SECONDS = 5
 distributed.BLOCKING_BACKENDS = ("gloo",)  # stands in for nccl
