@@ -5,6 +5,7 @@ Turns text into the token shards that train_gpt2.py reads.
     python fineweb.py --max_tokens 10M --out trial           # a small part of it
     python fineweb.py --source a.txt b.jsonl.gz folder/ --tokenizer bpe:8192 --out my_data
     python fineweb.py --source builtin --tokenizer bpe:1536 --out demo_data   # offline, 2 MB
+    python fineweb.py --import train.bin val.bin --out owt   # token files of nanoGPT or llm.c
     torchrun --nproc_per_node=4 fineweb.py                   # four processes share the files
     python fineweb.py --verify my_data                       # is the folder complete and undamaged?
 
@@ -35,26 +36,28 @@ from gpt2lab.cli import (
     available_cpus,
     env_int,
     env_ranks,
-    list_differences,
     make_parser,
     run_main,
 )
-from gpt2lab.files import read_json, sha256, write_atomically, write_json
-from gpt2lab.lock import lock_folder, unlock
+from gpt2lab.files import sha256, write_atomically, write_json
 from gpt2lab.shards import (
     FIRST_INDEX,
-    FORMAT_VERSION,
     SPLITS,
-    find_shards,
+    check_folder,
+    check_writable,
     format_totals,
     head_checksum,
+    new_state,
     print_stats,
     read_meta,
+    read_state,
     shard_name,
     token_dtype,
     verify,
+    write_folder,
 )
 from gpt2lab.sources import Input, RowCounter
+from gpt2lab.token_files import check_heads, list_token_files, write_splits
 from gpt2lab.tokenizer import Tokenizer, check_spec, make_tokenizer
 
 SAMPLE_BYTES = 100_000_000  # a trained tokenizer learns from at most this much text
@@ -64,7 +67,6 @@ GROUP_CHARS = 1 << 18  # how much text a tokenizer thread gets at a time
 BYTES_PER_TOKEN = 4  # a rough figure for English, used only to tell small corpora from large ones
 COMPRESSION = 4  # compressed text may be this many times as long as its file
 PROGRESS_TOKENS = 500_000  # the progress bar moves at least this often
-TOKENIZER_FILES = {"bpe": "tokenizer.json", "spm": "tokenizer.spm"}  # in a folder of shards
 DOWNLOADS = "in_progress_downloads"  # folder inside the folder of shards, removed at the end
 
 
@@ -353,7 +355,7 @@ def write_shards(chunks: Iterable[TextChunk], tokenizer: Tokenizer, writer: Shar
 
 
 # -----------------------------------------------------------------------------
-# a folder of shards
+# from arguments to a folder of shards
 
 
 def check_arguments(prepare_args: dict) -> None:
@@ -366,37 +368,6 @@ def check_arguments(prepare_args: dict) -> None:
     for name in ("shard_size", "max_tokens"):
         if prepare_args[name] is not None and prepare_args[name] < 2:
             raise UserError(f"--{name} {prepare_args[name]} must be at least 2")
-
-
-def check_folder(out_dir: Path, prepare_args: dict) -> None:
-    """
-    Raise UserError if `out_dir` holds shards that were made with other arguments or not by
-    fineweb.py, or a file that would be overwritten.
-    """
-    paths = [out_dir / "meta.json"]
-    if not paths[0].is_file():
-        paths = list(out_dir.glob("in_progress_*.json"))
-    for path in paths:
-        differences = list_differences(read_json(path).get("recipe", {}), prepare_args)
-        if differences:
-            raise UserError(f"{out_dir} was made with {', '.join(differences)}: choose another "
-                            "--out")
-    if paths:
-        return
-    if find_shards(out_dir, "train") or find_shards(out_dir, "val"):
-        raise UserError(f"{out_dir} holds shards that were not made here: choose another --out")
-    for name in TOKENIZER_FILES.values():
-        if prepare_args["tokenizer"] != "gpt2" and (out_dir / name).exists():
-            raise UserError(f"{out_dir} holds a {name} already, which would be overwritten: "
-                            "remove it, or choose another --out")
-
-
-def check_writable(out_dir: Path) -> None:
-    """Raise UserError if `out_dir` is not a folder that can be made or written to."""
-    parent = next(path for path in (out_dir, *out_dir.absolute().parents) if path.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise UserError(f"cannot write to {out_dir}, because {parent} is not a folder that may be "
-                        "written to: choose another --out")
 
 
 def find_inputs(prepare_args: dict, earlier: list[Input], out_dir: Path) -> list[Input]:
@@ -454,16 +425,6 @@ def count_val_tokens(prepare_args: dict) -> int:
     return min(prepare_args["shard_size"], max(share, 1))
 
 
-def new_state(prepare_args: dict, inputs: list[Input]) -> dict:
-    """
-    What in_progress_{rank}.json holds before the first shard is written. Its keys must not change,
-    because folders that an earlier version began are continued.
-    """
-    totals = {split: {"tokens": 0, "documents": 0, "bytes": 0} for split in SPLITS}
-    return {"recipe": prepare_args, "inputs": inputs, "done": False, "next": [0, 0, 0], "rows": {},
-            "totals": totals, "shards": []}
-
-
 def open_corpus(inputs: list[Input], prepare_args: dict, out_dir: Path,
                 num_proc: int) -> tuple[Corpus, Tokenizer]:
     """The corpus, cut into train and val if it is small, and its tokenizer, trained if need be."""
@@ -509,26 +470,20 @@ def prepare(source: Iterable[str | Path], out: str | Path, tokenizer: str | Path
         print(f"{out_dir} is complete")
         return read_meta(out_dir)
     check_writable(out_dir)
-    state_file = out_dir / f"in_progress_{rank}.json"
-    state = read_json(state_file) if state_file.is_file() else {}
+    state = read_state(out_dir, rank)
     inputs = find_inputs(prepare_args, [Input(*item) for item in state.get("inputs", [])], out_dir)
     num_proc = min(num_proc or available_cpus(), MAX_THREADS)
     # local files are read here, before anything is written, so that bad files leave no folder
     corpus, loaded_tokenizer = open_corpus(inputs, prepare_args, out_dir, num_proc)
     if not state or corpus.train_bytes is not None:  # a small corpus is written from the start
         state = new_state(prepare_args, inputs)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    lock_file = out_dir.resolve() / f"in_progress_{rank}.lock"
-    lock_folder(lock_file, "is writing to", "--out")
-    try:
-        check_folder(out_dir, prepare_args)  # another process may have written it meanwhile
-        if not (out_dir / "meta.json").is_file():
-            write_json(state_file, state)
-            write_share(corpus, loaded_tokenizer, prepare_args, state, state_file, rank, num_proc,
-                        keep_downloads)
-        return finish_folder(out_dir, loaded_tokenizer, prepare_args, keep_downloads)
-    finally:
-        unlock(lock_file)
+    meta = write_folder(
+        out_dir, prepare_args, loaded_tokenizer, state,
+        lambda state_file: write_share(corpus, loaded_tokenizer, prepare_args, state, state_file,
+                                       rank, num_proc, keep_downloads), rank)
+    if meta is not None:
+        end_downloads(out_dir, keep_downloads)
+    return meta
 
 
 def write_share(corpus: Corpus, tokenizer: Tokenizer, prepare_args: dict, state: dict,
@@ -553,30 +508,6 @@ def write_share(corpus: Corpus, tokenizer: Tokenizer, prepare_args: dict, state:
     write_json(state_file, state)
 
 
-def finish_folder(out_dir: Path, tokenizer: Tokenizer, prepare_args: dict,
-                  keep_downloads: bool) -> dict | None:
-    """
-    If all ranks are done, rename their shards, write meta.json and return it; otherwise return
-    None. Several ranks may do this at the same time, so every step can be repeated without harm.
-    """
-    paths = [out_dir / f"in_progress_{rank}.json" for rank in range(prepare_args["world_size"])]
-    states = [read_json(path) for path in paths if path.is_file()]
-    if (out_dir / "meta.json").is_file():
-        return read_meta(out_dir)
-    if len(states) < len(paths) or not all(state["done"] for state in states):
-        print(f"{out_dir}: this process is done; the last one of {len(paths)} finishes the folder")
-        return None
-    meta = make_meta(tokenizer, prepare_args, states, rename_shards(out_dir, states))
-    if tokenizer.model:
-        model = tokenizer.model.encode("utf-8")
-        write_atomically(out_dir / meta["tokenizer_file"], lambda file: file.write(model))
-    write_json(out_dir / "meta.json", meta)
-    for path in paths:
-        path.unlink(missing_ok=True)
-    end_downloads(out_dir, keep_downloads)
-    return meta
-
-
 def end_downloads(out_dir: Path, keep_downloads: bool) -> None:
     """Remove the downloads of a finished folder, or give them a name that was not there before."""
     if not keep_downloads:
@@ -588,39 +519,53 @@ def end_downloads(out_dir: Path, keep_downloads: bool) -> None:
         os.rename(out_dir / DOWNLOADS, out_dir / name)
 
 
-def rename_shards(out_dir: Path, states: list[dict]) -> list[dict]:
-    """Number the shards of all ranks, give them their final names, and return their entries."""
-    renamed = []
-    for split in SPLITS:
-        entries = [e for state in states for e in state["shards"] if e["split"] == split]
-        for index, entry in enumerate(entries, FIRST_INDEX[split]):
-            name = shard_name(split, index)
-            with contextlib.suppress(FileNotFoundError):  # another rank has renamed it already
-                os.replace(out_dir / entry["name"], out_dir / name)
-            renamed.append({**entry, "name": name})
-    return renamed
-
-
-def make_meta(tokenizer: Tokenizer, prepare_args: dict, states: list[dict],
-              shards: list[dict]) -> dict:
-    """The dict of meta.json, from the states of all ranks and the entries of all shards."""
-    totals = {split: {key: sum(state["totals"][split][key] for state in states)
-                      for key in ("tokens", "documents", "bytes")} for split in SPLITS}
-    # with max_tokens, the last input may have been read ahead: count the rows of those before it
-    rows = [counts for state in states for index, counts in state["rows"].items()
-            if int(index) < state["next"][0]]
-    meta = {
-        "format_version": FORMAT_VERSION, "tokenizer": tokenizer.spec,
-        "vocab_size": tokenizer.vocab_size, "eot": tokenizer.eot,
-        "dtype": token_dtype(tokenizer.vocab_size).name, "splits": totals,
-        "rows_read": sum(num_rows for num_rows, _ in rows),
-        "rows_skipped": sum(num_bad for _, num_bad in rows),
-        "recipe": prepare_args, "inputs": states[0]["inputs"], "shards": shards}
-    if tokenizer.model:
-        kind = "bpe" if tokenizer.model.startswith("{") else "spm"
-        meta["tokenizer_file"] = TOKENIZER_FILES[kind]
-        meta["tokenizer_sha256"] = sha256(tokenizer.model.encode("utf-8"))
+def import_tokens(files: Iterable[str | Path], out: str | Path, tokenizer: str | Path = "gpt2", *,
+                  shard_size: int = 100_000_000) -> dict:
+    """
+    Write the folder of shards `out` from token files of nanoGPT or llm.c, which have "train" or
+    "val" in their names. `tokenizer` is the one that made them. Returns the dict of meta.json.
+    Raises UserError for everything that the user can fix.
+    """
+    recipe = {"import": [str(file) for file in files], "tokenizer": str(tokenizer),
+              "shard_size": shard_size, "world_size": 1}
+    check_import(recipe, str(out))
+    out_dir = Path(out)
+    check_folder(out_dir, recipe)
+    if (out_dir / "meta.json").is_file():
+        print(f"{out_dir} is complete")
+        return read_meta(out_dir)
+    state = read_state(out_dir)
+    if not state and out_dir.is_dir() and any(
+            not path.name.startswith("in_progress_") for path in out_dir.iterdir()):
+        raise UserError(f"{out_dir} holds files already: choose another --out")
+    check_writable(out_dir)
+    token_files = list_token_files(recipe["import"])
+    inputs = [Input(str(file.path), file.path.stat().st_size) for file in token_files]
+    if state and [Input(*item) for item in state["inputs"]] != inputs:
+        raise UserError(f"the token files have changed since {out_dir} was begun: choose another "
+                        "--out, or remove it and start again")
+    loaded_tokenizer = make_tokenizer(recipe["tokenizer"])
+    check_heads(token_files, loaded_tokenizer)
+    state = state or new_state(recipe, inputs)
+    meta = write_folder(
+        out_dir, recipe, loaded_tokenizer, state,
+        lambda state_file: write_splits(token_files, loaded_tokenizer, state, state_file,
+                                        shard_size))
+    assert meta is not None  # no other process takes part
     return meta
+
+
+def check_import(recipe: dict, out: str) -> None:
+    """Raise UserError for arguments of `import_tokens` that cannot work."""
+    spec = recipe["tokenizer"]
+    check_spec(spec)
+    if spec != "gpt2" and not Path(spec).is_file():
+        raise UserError(f"--tokenizer {spec} would be trained, but --import needs the tokenizer "
+                        "that made the token files: name gpt2 or its file")
+    if recipe["shard_size"] < 2:
+        raise UserError(f"--shard_size {recipe['shard_size']} must be at least 2")
+    if not out:
+        raise UserError("--out must not be empty")
 
 
 # -----------------------------------------------------------------------------
@@ -643,6 +588,8 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("--source", nargs="+", default=["HuggingFaceFW/fineweb-edu"],
         help="files, folders, - for standard input, 'builtin', or Hugging Face datasets")
+    add("--import", dest="import_files", nargs="+", metavar="FILE",
+        help="token files of nanoGPT or llm.c, instead of a --source")
     add("--config", help="configuration of a Hugging Face dataset (fineweb-edu: sample-10BT)")
     add("--split", default="train", help="split of a Hugging Face dataset to read (%(default)s)")
     add("--text_column", default="text", help="column or field that holds the text (%(default)s)")
@@ -664,11 +611,25 @@ def parse_args() -> argparse.Namespace:
     add("--stats", metavar="DIR", help="only describe a folder of shards")
     args = parser.parse_args()
     set_rank(args)
+    if args.import_files:
+        check_import_flags(parser, args)
     if args.num_proc is not None and args.num_proc < 1:
         raise UserError(f"--num_proc {args.num_proc} must be at least 1")
     if args.config is None and args.source == ["HuggingFaceFW/fineweb-edu"]:
         args.config = "sample-10BT"
     return args
+
+
+def check_import_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Raise UserError if a command line has --import and a flag that is about text."""
+    for name in ("source", "config", "split", "text_column", "document_separator", "max_tokens",
+                 "val_fraction", "num_proc", "keep_downloads", "verify", "stats"):
+        if getattr(args, name) != parser.get_default(name):
+            raise UserError(f"--import reads token files, for which --{name} has no meaning: leave "
+                            "one of them out")
+    if args.world_size > 1:
+        raise UserError("--import is the work of one process: start it without torchrun, "
+                        "--world_size and WORLD_SIZE")
 
 
 def set_rank(args: argparse.Namespace) -> None:
@@ -701,12 +662,16 @@ def main() -> None:
         os.environ.update(RANK=str(args.rank), WORLD_SIZE=str(args.world_size))
     # Hugging Face's tokenizers start threads of their own, as many as this says
     os.environ.setdefault("RAYON_NUM_THREADS", str(args.num_proc or available_cpus()))
-    meta = prepare(
-        args.source, args.out, args.tokenizer, config=args.config, split=args.split,
-        text_column=args.text_column, document_separator=args.document_separator,
-        shard_size=args.shard_size, val_fraction=args.val_fraction, max_tokens=args.max_tokens,
-        rank=args.rank, world_size=args.world_size, num_proc=args.num_proc,
-        keep_downloads=args.keep_downloads)
+    if args.import_files:
+        meta = import_tokens(
+            args.import_files, args.out, args.tokenizer, shard_size=args.shard_size)
+    else:
+        meta = prepare(
+            args.source, args.out, args.tokenizer, config=args.config, split=args.split,
+            text_column=args.text_column, document_separator=args.document_separator,
+            shard_size=args.shard_size, val_fraction=args.val_fraction, max_tokens=args.max_tokens,
+            rank=args.rank, world_size=args.world_size, num_proc=args.num_proc,
+            keep_downloads=args.keep_downloads)
     if meta is None:
         return
     for split in SPLITS:

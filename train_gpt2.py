@@ -254,7 +254,7 @@ class GPT(nn.Module):
         else:
             checkpoint = checkpoints.load_checkpoint(path)
             model = cls.empty(GPTConfig(**checkpoint["model_config"]))
-            model.load_state_dict(checkpoint["model"])
+            checkpoints.copy_weights(model, checkpoint)
         return model
 
     @classmethod
@@ -393,7 +393,7 @@ class TrainConfig:
     print_every: int = option(1, "updates between printed lines; log.txt has them all")
     plot_every: int = option(1000, "updates between drawings of log_dir/loss.png; 0: never")
     tensorboard: bool = option(False, "send the values of log.txt to TensorBoard, too")
-    wandb: str | None = option(None, "send the values of log.txt to this wandb project, too")
+    wandb: str | None = option(None, "send them to this wandb project, or to trackio:PROJECT")
     # machine
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
     dtype: str = option("auto", "of autocast", choices=("auto", "float32", "bfloat16", "float16"))

@@ -8,6 +8,7 @@ flushed to disk and then renamed, so that a crash or a full disk never leaves ha
 
 import os
 import re
+import sys
 import time
 import zipfile
 from dataclasses import asdict
@@ -18,13 +19,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from gpt2lab import pretrained
-from gpt2lab.cli import UserError, env_int, first_line, list_differences
+from gpt2lab import foreign, pretrained
+from gpt2lab.cli import UserError, env_int, env_rank, first_line, list_differences
 from gpt2lab.device import pick_dtype
 from gpt2lab.distributed import Ranks, on_master, sum_over_ranks
 from gpt2lab.files import write_atomically
 from gpt2lab.lock import lock_log_dir
-from gpt2lab.tokenizer import GPT2_VOCAB_SIZE, Tokenizer
+from gpt2lab.tokenizer import Tokenizer
 
 CHECKPOINT_NAME = re.compile(r"model_(\d+)\.pt")
 # the options of a run on which its losses depend, so that a resumed run must have the same
@@ -138,15 +139,15 @@ def find_checkpoint(log_dir: str | Path) -> Path | None:
 def resolve_checkpoint(source: str | Path) -> Path | None:
     """
     Path of a checkpoint: `source` itself if it is a file, the newest checkpoint if it is a log
-    folder. None for everything else, a Hugging Face model for example. Raises UserError for a
-    folder that contains neither kind of model.
+    folder of train_gpt2.py, nanoGPT or llm.c. None for everything else, a Hugging Face model for
+    example. Raises UserError for a folder that contains neither kind of model.
     """
     path = Path(source)
     if path.is_file():
         return path
     if not path.is_dir() or (path / "config.json").is_file():
         return None
-    checkpoint = find_checkpoint(path)
+    checkpoint = find_checkpoint(path) or foreign.find_checkpoint(path)
     if checkpoint is None:
         raise UserError(f"{path} holds neither a checkpoint model_*.pt nor a Hugging Face model")
     return checkpoint
@@ -185,28 +186,26 @@ def default_source() -> str:
 # reading
 
 
-class PickledConfig:
-    """Stands in for the GPTConfig that build-nanogpt pickles into its checkpoints."""
-
-
-# torch.load with weights_only accepts a pickled object of these classes, and of no other class
-PICKLED_CONFIG_NAMES: list = [(PickledConfig, f"{module}.GPTConfig")
-                              for module in ("__main__", "train_gpt2", "model")]
-
-
 def load_checkpoint(path: str | Path, mmap: bool = True) -> dict:
     """
-    The checkpoint in a file of train_gpt2.py or of build-nanogpt: a dict with at least step, model,
-    model_config and tokenizer. Its tensors are on the CPU, memory-mapped if `mmap`. Raises
-    UserError if the file is not a checkpoint or is damaged, OSError if it cannot be read.
+    The checkpoint in a file of train_gpt2.py, build-nanogpt, nanoGPT or llm.c: a dict with at least
+    step, model, model_config and tokenizer. Its tensors are on the CPU, memory-mapped if `mmap`.
+    Raises UserError if the file is not a checkpoint or is damaged, OSError if it cannot be read.
     """
+    path = Path(path)
+    if path.name.startswith("pytorch_model") or path.suffix == ".safetensors":
+        raise UserError(f"{path} is one file of a Hugging Face model: name its folder, "
+                        f"{path.parent}, in which config.json must be")
+    if foreign.is_llmc(path):
+        return foreign.read_llmc(path)
     try:
         # weights_only: a checkpoint from a stranger may contain code, which must not run
-        with torch.serialization.safe_globals(PICKLED_CONFIG_NAMES):
+        with torch.serialization.safe_globals(foreign.PICKLED_CONFIG_NAMES):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-        if isinstance(checkpoint.get("config"), PickledConfig):
-            checkpoint = convert_build_nanogpt(checkpoint)
+        checkpoint = foreign.convert(checkpoint, path)
         missing = {"step", "model", "model_config", "tokenizer"} - set(checkpoint)
+    except UserError:
+        raise
     except Exception as error:  # torch raises many types for a file that it cannot load
         if isinstance(error, OSError) and error.filename is not None:
             raise  # the file cannot be opened
@@ -218,19 +217,23 @@ def load_checkpoint(path: str | Path, mmap: bool = True) -> dict:
     return checkpoint
 
 
-def convert_build_nanogpt(checkpoint: dict) -> dict:
-    """A checkpoint of build-nanogpt in the format of load_checkpoint, without optimizer state."""
-    # torch.compile and DDP put prefixes before the names; the buffers are old causal masks
-    weights = {pretrained.strip_wrappers(name): tensor
-               for name, tensor in checkpoint["model"].items()
-               if not name.endswith((".attn.bias", ".attn.masked_bias"))}
-    config = vars(checkpoint["config"])
-    model_config = {name: config[name] for name in ("block_size", "n_layer", "n_head", "n_embd")}
-    # build-nanogpt's vocab_size is the number of embedding rows, 50304. Its tokens are gpt2's
-    rows = len(weights["lm_head.weight"])
-    model_config |= {"vocab_size": min(rows, GPT2_VOCAB_SIZE), "padded_vocab_size": rows}
-    return {"step": int(checkpoint.get("step", 0)), "model": weights, "model_config": model_config,
-            "tokenizer": {"spec": "gpt2", "model": None}}
+@torch.no_grad()
+def copy_weights(model: nn.Module, checkpoint: dict) -> None:
+    """
+    Move the weights of load_checkpoint's dict into a GPT. Each is removed from the dict when it has
+    been copied, so that its memory map can end. The master prints what the checkpoint has to note.
+    Raises UserError if the weights do not fit the model.
+    """
+    weights, state = checkpoint["model"], model.state_dict()
+    shapes = [{name: tensor.shape for name, tensor in tensors.items()}
+              for tensors in (weights, state)]
+    if shapes[0] != shapes[1]:
+        raise UserError("the weights of the checkpoint do not have the shapes that its sizes ask "
+                        "for, so it is damaged: name another")
+    for name in list(weights):
+        state[name].copy_(weights.pop(name))
+    if "note" in checkpoint and env_rank() == 0:
+        print(checkpoint["note"], file=sys.stderr)  # stdout is for what the scripts produce
 
 
 def load_training_checkpoint(path: str | Path) -> dict:

@@ -1,21 +1,25 @@
 """
-The shard format, and reading it: file names, meta.json, opening a split, verifying a folder.
+The shard format: file names, meta.json, opening a split, finishing and verifying a folder.
 
 A shard is a .npy file with a 1-D array of token ids, uint16 or uint32. Each document is preceded by
 the end-of-text token. fineweb.py writes shards.
 """
 
+import contextlib
 import json
+import os
 import re
 import tokenize
 import zlib
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
-from gpt2lab.cli import UserError
-from gpt2lab.files import read_json, sha256
+from gpt2lab.cli import UserError, list_differences
+from gpt2lab.files import read_json, sha256, write_atomically, write_json
+from gpt2lab.lock import lock_folder, unlock
 from gpt2lab.tokenizer import GPT2_EOT, GPT2_VOCAB_SIZE, Tokenizer
 
 FORMAT_VERSION = 1
@@ -23,6 +27,7 @@ SPLITS = ("val", "train")
 FIRST_INDEX = {"val": 0, "train": 1}  # number of a split's first shard
 SHARD_NAME = re.compile(r"edufineweb_(val|train)_(\d{6})\.npy")
 HEAD_TOKENS = 4096  # how many tokens the quick checksum of a shard covers
+TOKENIZER_FILES = {"bpe": "tokenizer.json", "spm": "tokenizer.spm"}  # in a folder of shards
 CHECKED_IDS = 100_000  # how many tokens of each shard are compared with the vocabulary on opening
 
 
@@ -180,6 +185,136 @@ def head_checksum(tokens: np.ndarray) -> str:
     """A quick checksum of a shard: its dtype, its length and the CRC-32 of its first tokens."""
     head = np.ascontiguousarray(tokens[:HEAD_TOKENS])
     return f"{tokens.dtype} {len(tokens)} {zlib.crc32(head.tobytes()):08x}"
+
+
+# -----------------------------------------------------------------------------
+# writing a folder
+
+
+def check_folder(out_dir: Path, recipe: dict) -> None:
+    """
+    Raise UserError if `out_dir` holds shards that were made with other arguments or not by
+    fineweb.py, or a file that would be overwritten.
+    """
+    paths = [out_dir / "meta.json"]
+    if not paths[0].is_file():
+        paths = list(out_dir.glob("in_progress_*.json"))
+    for path in paths:
+        differences = list_differences(read_json(path).get("recipe", {}), recipe)
+        if differences:
+            raise UserError(f"{out_dir} was made with {', '.join(differences)}: choose another "
+                            "--out")
+    if paths:
+        return
+    if find_shards(out_dir, "train") or find_shards(out_dir, "val"):
+        raise UserError(f"{out_dir} holds shards that were not made here: choose another --out")
+    for name in TOKENIZER_FILES.values():
+        if recipe["tokenizer"] != "gpt2" and (out_dir / name).exists():
+            raise UserError(f"{out_dir} holds a {name} already, which would be overwritten: "
+                            "remove it, or choose another --out")
+
+
+def check_writable(out_dir: Path) -> None:
+    """Raise UserError if `out_dir` is not a folder that can be made or written to."""
+    parent = next(path for path in (out_dir, *out_dir.absolute().parents) if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise UserError(f"cannot write to {out_dir}, because {parent} is not a folder that may be "
+                        "written to: choose another --out")
+
+
+def new_state(recipe: dict, inputs: Sequence) -> dict:
+    """
+    What in_progress_{rank}.json holds before the first shard is written. Its keys must not change,
+    because folders that an earlier version began are continued.
+    """
+    totals = {split: {"tokens": 0, "documents": 0, "bytes": 0} for split in SPLITS}
+    return {"recipe": recipe, "inputs": inputs, "done": False, "next": [0, 0, 0], "rows": {},
+            "totals": totals, "shards": []}
+
+
+def read_state(out_dir: Path, rank: int = 0) -> dict:
+    """The state that a rank has saved in a half-done folder, in the form of new_state, or {}."""
+    path = out_dir / f"in_progress_{rank}.json"
+    return read_json(path) if path.is_file() else {}
+
+
+def write_folder(out_dir: Path, recipe: dict, tokenizer: Tokenizer, state: dict,
+                 write: Callable[[Path], None], rank: int = 0) -> dict | None:
+    """
+    Make the folder `out_dir`, save `state`, call `write` with the path of the state's file, and
+    finish the folder. Returns the dict of meta.json, or None while other ranks are still working.
+    Raises UserError if another process writes to the folder. When `write` returns, the state must
+    be saved with True for "done".
+    """
+    out_dir.mkdir(parents=True, exist_ok=True)
+    lock_file = out_dir.resolve() / f"in_progress_{rank}.lock"
+    lock_folder(lock_file, "is writing to", "--out")
+    try:
+        check_folder(out_dir, recipe)  # another process may have written it meanwhile
+        if not (out_dir / "meta.json").is_file():
+            state_file = out_dir / f"in_progress_{rank}.json"
+            write_json(state_file, state)
+            write(state_file)
+        return finish_folder(out_dir, tokenizer, recipe)
+    finally:
+        unlock(lock_file)
+
+
+def finish_folder(out_dir: Path, tokenizer: Tokenizer, recipe: dict) -> dict | None:
+    """
+    If all ranks are done, rename their shards, write meta.json and return it; otherwise return
+    None. Several ranks may do this at the same time, so every step can be repeated without harm.
+    """
+    paths = [out_dir / f"in_progress_{rank}.json" for rank in range(recipe["world_size"])]
+    states = [read_json(path) for path in paths if path.is_file()]
+    if (out_dir / "meta.json").is_file():
+        return read_meta(out_dir)
+    if len(states) < len(paths) or not all(state["done"] for state in states):
+        print(f"{out_dir}: this process is done; the last one of {len(paths)} finishes the folder")
+        return None
+    meta = make_meta(tokenizer, recipe, states, rename_shards(out_dir, states))
+    if tokenizer.model:
+        model = tokenizer.model.encode("utf-8")
+        write_atomically(out_dir / meta["tokenizer_file"], lambda file: file.write(model))
+    write_json(out_dir / "meta.json", meta)
+    for path in paths:
+        path.unlink(missing_ok=True)
+    return meta
+
+
+def rename_shards(out_dir: Path, states: list[dict]) -> list[dict]:
+    """Number the shards of all ranks, give them their final names, and return their entries."""
+    renamed = []
+    for split in SPLITS:
+        entries = [e for state in states for e in state["shards"] if e["split"] == split]
+        for index, entry in enumerate(entries, FIRST_INDEX[split]):
+            name = shard_name(split, index)
+            with contextlib.suppress(FileNotFoundError):  # another rank has renamed it already
+                os.replace(out_dir / entry["name"], out_dir / name)
+            renamed.append({**entry, "name": name})
+    return renamed
+
+
+def make_meta(tokenizer: Tokenizer, recipe: dict, states: list[dict],
+              shards: list[dict]) -> dict:
+    """The dict of meta.json, from the states of all ranks and the entries of all shards."""
+    totals = {split: {key: sum(state["totals"][split][key] for state in states)
+                      for key in ("tokens", "documents", "bytes")} for split in SPLITS}
+    # with max_tokens, the last input may have been read ahead: count the rows of those before it
+    rows = [counts for state in states for index, counts in state["rows"].items()
+            if int(index) < state["next"][0]]
+    meta = {
+        "format_version": FORMAT_VERSION, "tokenizer": tokenizer.spec,
+        "vocab_size": tokenizer.vocab_size, "eot": tokenizer.eot,
+        "dtype": token_dtype(tokenizer.vocab_size).name, "splits": totals,
+        "rows_read": sum(num_rows for num_rows, _ in rows),
+        "rows_skipped": sum(num_bad for _, num_bad in rows),
+        "recipe": recipe, "inputs": states[0]["inputs"], "shards": shards}
+    if tokenizer.model:
+        kind = "bpe" if tokenizer.model.startswith("{") else "spm"
+        meta["tokenizer_file"] = TOKENIZER_FILES[kind]
+        meta["tokenizer_sha256"] = sha256(tokenizer.model.encode("utf-8"))
+    return meta
 
 
 # -----------------------------------------------------------------------------
