@@ -1,8 +1,10 @@
 """
-Exports a checkpoint as a Hugging Face folder, which transformers, lm-eval and the hub read.
+Exports a model as a Hugging Face folder, which transformers, vLLM, lm-eval, mlx-lm and the hub
+read, and as a GGUF file, which llama.cpp, Ollama and LM Studio read.
 
     python export_hf.py log my_gpt2                       # the newest checkpoint in log/
     python export_hf.py log/model_05000.pt half --dtype float16
+    python export_hf.py log my_gpt2 --gguf my_gpt2.gguf --modelfile
     python export_hf.py log my_gpt2 --push_to_hub USER/my_gpt2 --private
 """
 
@@ -12,15 +14,24 @@ import json
 import os
 import re
 import shutil
+import sys
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from gpt2lab.checkpoints import load_checkpoint, resolve_checkpoint
 from gpt2lab.cli import UserError, make_parser, run_main
-from gpt2lab.files import read_json
-from gpt2lab.pretrained import TRANSPOSED
+from gpt2lab.files import check_output, read_json, write_atomically
+from gpt2lab.gguf_file import (
+    GGUF_TYPES,
+    import_gguf,
+    modelfile_text,
+    read_vocabulary,
+    write_gguf,
+)
+from gpt2lab.pretrained import TRANSPOSED, fetch
 from gpt2lab.runlog import read_log
 from gpt2lab.tokenizer import (
     END_OF_TEXT,
@@ -29,18 +40,65 @@ from gpt2lab.tokenizer import (
     import_sentencepiece,
     make_byte_level_bpe,
 )
+from train_gpt2 import load
 
 # the options of a run that its model card lists. Paths of this machine are not published
 MODEL_CARD_KEYS = ("total_batch_size", "T", "max_steps", "optimizer", "max_lr", "min_lr",
                    "warmup_steps", "weight_decay", "beta2", "grad_clip", "shuffle", "seed", "dtype")
-# the text on which an exported tokenizer must agree with ours: long words, spaces, line breaks,
-# digits, accents, other scripts, bytes
+# the text on which an exported tokenizer must agree with ours: long words, contractions, spaces,
+# line breaks, digits, accents, many scripts, control characters, bytes
 PROBE = ("An international dictionary of representative attributes, collections and assignments. "
-         "Hello,  I'm\ta café—naïve!\n\n  x = [1234.5] ﬁ Ａ e\u0301 "
-         "他說：「你好」。 Привет 안녕 🙂\x00 end ")
+         "I'll say we've it's they're I'd 'tis DON'T, Hello,  I'm\ta café—naïve!\n\n  x = [1234.5]"
+         "\r\n\n\n    ﬁ Ａ e\u0301 ½²Ⅷ 3.14159 ٣٤ "
+         "他說：「你好」。漢字かなカナ、日本語。 Привет, мир! 안녕하세요 Γειά ελληνικά שלום السَّلام "
+         "नमस्ते हिन्दी ไทย\u00a0\u200b\u3000\ufeff 🙂👩‍👩‍👧🇪🇺\x00\x1b\x1c\x7f\x85 end ")
 
 # -----------------------------------------------------------------------------
 # the model
+
+
+class Model(NamedTuple):
+    """A model to export. `path` and `checkpoint` are None for a Hugging Face model."""
+
+    source: str
+    weights: dict  # GPT.state_dict(); the tensors of a checkpoint are memory-mapped
+    config: dict  # the fields of GPTConfig
+    tokenizer: Tokenizer
+    path: Path | None = None
+    checkpoint: dict | None = None
+    license: str | None = None  # as the card of a Hugging Face model names it
+
+    @property
+    def run(self):
+        """The options of the run that made the model, {} for a model from elsewhere."""
+        return (self.checkpoint or {}).get("config") or {}
+
+
+def read_model(source):
+    """The Model of a checkpoint, log folder, Hugging Face folder or hub name. Raises UserError."""
+    path = resolve_checkpoint(source)
+    if path is None:
+        gpt, tokenizer = load(source)
+        return Model(str(source), gpt.state_dict(), vars(gpt.config), tokenizer,
+                     license=read_license(source))
+    checkpoint = load_checkpoint(path)
+    if "note" in checkpoint:
+        print(checkpoint["note"], file=sys.stderr)
+    tokenizer = Tokenizer(**checkpoint["tokenizer"])
+    return Model(str(source), checkpoint["model"], checkpoint["model_config"], tokenizer, path,
+                 checkpoint)
+
+
+def read_license(source):
+    """The licence in the front matter of a Hugging Face model's card, None if it names none."""
+    try:
+        card = fetch(source, "README.md")
+    except UserError:
+        return None  # the hub cannot be reached, and its cache has the model but not the card
+    text = card.read_text(encoding="utf-8", errors="replace") if card else ""
+    front = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
+    found = front and re.search(r"^license: *['\"]?([\w.-]+)", front[1], re.MULTILINE)
+    return found[1] if found else None
 
 
 def hf_config(model_config, eot, dtype):
@@ -51,6 +109,7 @@ def hf_config(model_config, eot, dtype):
     return {
         "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2",
         "vocab_size": model_config["vocab_size"], "n_positions": model_config["block_size"],
+        "n_ctx": model_config["block_size"],  # mlx-lm and llama.cpp's converter read this one
         "n_embd": model_config["n_embd"], "n_layer": model_config["n_layer"],
         "n_head": model_config["n_head"], "n_inner": None,
         "activation_function": "gelu_new",  # the tanh form
@@ -61,8 +120,10 @@ def hf_config(model_config, eot, dtype):
 
 def hf_weights(state, vocab_size, dtype):
     """
-    The tensors of model.safetensors, {name: tensor} in `dtype`, from GPT.state_dict(). Raises
-    UserError for a value that is not finite, for example because it is too large for float16.
+    The tensors of model.safetensors, {name: tensor} in `dtype`, from GPT.state_dict(). Their names
+    have no "transformer." before them, as in OpenAI's own upload: mlx-lm reads no other names.
+    Raises UserError for a value that is not finite, for example because it is too large for
+    float16.
     """
     weights = {}
     for name, tensor in state.items():
@@ -71,10 +132,11 @@ def hf_weights(state, vocab_size, dtype):
         if name == "transformer.wte.weight":
             tensor = tensor[:vocab_size]  # the other rows are padding
         tensor = tensor.t() if name.endswith(TRANSPOSED) else tensor
-        weights[name] = tensor.to(dtype).contiguous()
-        if not weights[name].isfinite().all():
+        tensor = tensor.to(dtype).contiguous()
+        if not tensor.isfinite().all():
             raise UserError(f"{name} is not finite in {dtype}: use --dtype float32, or another "
                             "checkpoint if that fails too")
+        weights[name.removeprefix("transformer.")] = tensor
     return weights
 
 
@@ -88,13 +150,8 @@ def tokenizer_files(tokenizer, block_size):
     cannot express the tokenizer, prints a warning and leaves out tokenizer.json.
     """
     import tokenizers
-    files = {}
-    if tokenizer.model is None:
-        text = gpt2_tokenizer_json(tokenizer)
-    elif tokenizer.model.startswith("{"):
-        text = tokenizer.model
-    else:
-        text = spm_tokenizer_json(tokenizer)
+    files, text = {}, tokenizer_json(tokenizer)
+    if is_sentencepiece(tokenizer):
         files["tokenizer.model"] = base64.b64decode(tokenizer.model)
     if tokenizers.Tokenizer.from_str(text).encode(PROBE).ids != tokenizer.encode(PROBE):
         print(f"warning: Hugging Face's tokenizers cannot do what the tokenizer {tokenizer.spec} "
@@ -106,6 +163,18 @@ def tokenizer_files(tokenizer, block_size):
     files["tokenizer.json"] = text.encode("utf-8")
     files["tokenizer_config.json"] = json_bytes(config)
     return files
+
+
+def is_sentencepiece(tokenizer):
+    """Whether a Tokenizer is a SentencePiece model."""
+    return tokenizer.model is not None and not tokenizer.model.startswith("{")
+
+
+def tokenizer_json(tokenizer):
+    """The text of tokenizer.json for a Tokenizer of any kind."""
+    if tokenizer.model is None:
+        return gpt2_tokenizer_json(tokenizer)
+    return spm_tokenizer_json(tokenizer) if is_sentencepiece(tokenizer) else tokenizer.model
 
 
 def gpt2_tokenizer_json(tokenizer):
@@ -205,37 +274,55 @@ def loss_rows(log_dir, step):
     return rows
 
 
-def model_card(checkpoint, path, name):
-    """README.md of an export: what the model is, its losses, data and recipe."""
-    model_config, step = checkpoint["model_config"], checkpoint["step"]
-    config = checkpoint.get("config", {})  # a checkpoint of build-nanogpt has none
-    data_dir = config.get("data_dir", "")
-    meta_path = Path(data_dir) / "meta.json"
-    meta = read_json(meta_path) if meta_path.is_file() else {}  # the data may be gone by now
-    datasets, losses = hub_datasets(meta), loss_rows(path.parent, step)
-    tokens = step * config.get("total_batch_size", 0)
-    init_from = config.get("init_from")
-    origin = f"from `{public_name(init_from)}`" if init_from else "from scratch"
-    front = ["library_name: transformers", "pipeline_tag: text-generation", "tags:", "- gpt2"]
-    if datasets:
-        front += ["datasets:", *(f"- {dataset}" for dataset in datasets)]
-    if init_from and "/" in public_name(init_from):  # a hub name
-        front.append("base_model: " + public_name(init_from))
+def model_card(model, name):
+    """README.md of an export: what the Model is and, if a run made it, its losses, data, recipe."""
+    run = model.run
     lines = [
-        "---", *front, "---", "", f"# {name}", "",
-        f"A GPT-2 of {model_config['n_layer']} layers, {model_config['n_head']} heads and width "
-        f"{model_config['n_embd']}, with a context of {model_config['block_size']:,} tokens and a "
-        f"vocabulary of {model_config['vocab_size']:,} (tokenizer "
-        f"`{public_name(checkpoint['tokenizer']['spec'])}`), trained {origin} by gpt2-lab: "
-        f"{step:,} updates, {tokens:,} tokens.", "",
+        "---", *front_matter(model), "---", "", f"# {name}", "",
+        f"A GPT-2 of {model.config['n_layer']} layers, {model.config['n_head']} heads and width "
+        f"{model.config['n_embd']}, with a context of {model.config['block_size']:,} tokens and a "
+        f"vocabulary of {model.config['vocab_size']:,} (tokenizer "
+        f"`{public_name(model.tokenizer.spec)}`), {origin(model)}.", "",
         "```python", "from transformers import pipeline", "",
-        f'pipeline("text-generation", "{name}")("Hello")', "```", "",
-        "## Data", "", *data_lines(meta, data_dir)]
-    if losses:
+        f'pipeline("text-generation", "{name}")("Hello")', "```", ""]
+    if not run:
+        return "\n".join(lines)
+    lines += ["## Data", "", *data_lines(read_meta(run), run["data_dir"])]
+    if losses := loss_rows(model.path.parent, model.checkpoint["step"]):
         lines += ["", "## Losses", "", "| measure | value | at step |", "|---|---|---|", *losses]
     lines += ["", "## Recipe", "", "| knob | value |", "|---|---|",
-              *(f"| {key} | {config[key]} |" for key in MODEL_CARD_KEYS if key in config), ""]
+              *(f"| {key} | {run[key]} |" for key in MODEL_CARD_KEYS if key in run), ""]
     return "\n".join(lines)
+
+
+def front_matter(model):
+    """The lines of a card that the hub reads: only what is known about the Model."""
+    lines = ["library_name: transformers", "pipeline_tag: text-generation", "tags:", "- gpt2"]
+    if model.license:
+        lines.append(f"license: {model.license}")
+    if datasets := hub_datasets(read_meta(model.run)):
+        lines += ["datasets:", *(f"- {dataset}" for dataset in datasets)]
+    base = model.run.get("init_from") if model.path else model.source
+    if base and "/" in public_name(base):  # a hub name
+        lines.append("base_model: " + public_name(base))
+    return lines
+
+
+def origin(model):
+    """Where a Model comes from, as the end of a sentence of its card."""
+    run = model.run
+    if not run:
+        return f"written by gpt2-lab from `{public_name(model.source)}`"
+    init_from, step = run.get("init_from"), model.checkpoint["step"]
+    start = f"from `{public_name(init_from)}`" if init_from else "from scratch"
+    return (f"trained {start} by gpt2-lab: {step:,} updates, "
+            f"{step * run['total_batch_size']:,} tokens")
+
+
+def read_meta(run):
+    """meta.json of the data that a run was trained on, {} if it is not there any more."""
+    path = Path(run.get("data_dir", ""), "meta.json")
+    return read_json(path) if run and path.is_file() else {}
 
 
 # -----------------------------------------------------------------------------
@@ -275,36 +362,73 @@ def new_folder(out):
         shutil.rmtree(temporary, ignore_errors=True)  # is not there any more, or is in the way
 
 
-def export(source, out, dtype="float32", name=None):
+def export(source, out, dtype="float32", name=None, gguf=None, gguf_type="f16", modelfile=False):
     """
-    Write the folder `out` from a checkpoint or log folder, and return its absolute path. If
-    anything fails, no folder is left. `name` is the model's name in the model card, by default the
-    folder's. Raises UserError.
+    Write the folder `out` from a source of train_gpt2.load, and return its absolute path.
+
+    dtype: the number format of the folder's weights.
+    name: the model's name in the model card and the GGUF file, by default the folder's.
+    gguf, gguf_type: also write this GGUF file, in this format of gguf_file.GGUF_TYPES.
+    modelfile: also write an Ollama Modelfile beside the GGUF file.
+
+    If anything fails, nothing is left. Raises UserError.
     """
+    out, name = Path(out).resolve(), name or Path(out).resolve().name
+    beside = [Path(gguf).resolve()] if gguf else []
+    if modelfile:
+        beside.append(beside[0].with_name("Modelfile"))
+    for path in beside:
+        check_new_file(path, out)
+    if gguf:
+        import_gguf()
+    with new_folder(out) as folder:
+        model = read_model(source)
+        vocabulary = gguf and read_vocabulary(
+            model.tokenizer, tokenizer_json(model.tokenizer), PROBE)
+        write_folder(folder, out, model, dtype, name)
+        # a file in `out` is moved with the folder
+        written = [folder / path.name if path.parent == out else path for path in beside]
+        try:
+            if gguf:
+                write_gguf(written[0], model.weights, model.config, vocabulary, gguf_type, name,
+                           model.license)
+            if modelfile:
+                text = modelfile_text(written[0].name, model.config["block_size"])
+                write_atomically(written[1], lambda file: file.write(text.encode("utf-8")))
+        except BaseException:
+            for path in written:
+                path.unlink(missing_ok=True)
+            raise
+    return out
+
+
+def check_new_file(path, out):
+    """Raise UserError unless a file can be made at `path`, which may be in the new folder `out`."""
+    if path.exists():
+        raise UserError(f"{path} is there already: name another file, or remove it")
+    if path.parent != out:
+        check_output(path)
+
+
+def write_folder(folder, out, model, dtype, name):
+    """Write the files of a Model into `folder`, which becomes `out`. Raises UserError."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
-    out, path = Path(out).resolve(), resolve_checkpoint(source)
-    if path is None:
-        raise UserError(f"{source} is neither a checkpoint nor a log folder: name one")
-    with new_folder(out) as folder:
-        checkpoint = load_checkpoint(path)
-        model_config, tokenizer = checkpoint["model_config"], Tokenizer(**checkpoint["tokenizer"])
-        weights = hf_weights(checkpoint["model"], model_config["vocab_size"], getattr(torch, dtype))
-        eot = tokenizer.eot
-        files = tokenizer_files(tokenizer, model_config["block_size"])
-        files["config.json"] = json_bytes(hf_config(model_config, eot, dtype))
-        files["generation_config.json"] = json_bytes(
-            {"bos_token_id": eot, "eos_token_id": eot, "pad_token_id": eot})
-        files["README.md"] = model_card(checkpoint, path, name or out.name).encode("utf-8")
-        try:
-            save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-        except SafetensorError as error:  # a full disk
-            raise UserError(f"cannot write {out} ({error}): make room, or name another") from error
-        for file_name, content in files.items():
-            (folder / file_name).write_bytes(content)
-        # safetensors makes its file readable by its owner only
-        shutil.copymode(folder / "config.json", folder / "model.safetensors")
-    return out
+    eot, block_size = model.tokenizer.eot, model.config["block_size"]
+    weights = hf_weights(model.weights, model.config["vocab_size"], getattr(torch, dtype))
+    files = tokenizer_files(model.tokenizer, block_size)
+    files["config.json"] = json_bytes(hf_config(model.config, eot, dtype))
+    files["generation_config.json"] = json_bytes(
+        {"bos_token_id": eot, "eos_token_id": eot, "pad_token_id": eot})
+    files["README.md"] = model_card(model, name).encode("utf-8")
+    try:
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    except SafetensorError as error:  # a full disk
+        raise UserError(f"cannot write {out} ({error}): make room, or name another") from error
+    for file_name, content in files.items():
+        (folder / file_name).write_bytes(content)
+    # safetensors makes its file readable by its owner only
+    shutil.copymode(folder / "config.json", folder / "model.safetensors")
 
 
 def check_repo_name(name):
@@ -331,12 +455,21 @@ def push_to_hub(folder, name, private):
 
 
 def parse_args():
-    """Parse the command line. Raises UserError for a bad repository name or a lone --private."""
+    """Parse the command line. Raises UserError for flags that are wrong, or lack their partner."""
     parser = make_parser(__doc__)
-    parser.add_argument("source", help="a checkpoint, or a log folder for its newest checkpoint")
+    parser.add_argument("source", help="a checkpoint, a log folder for its newest checkpoint, a "
+                                       "Hugging Face folder or a hub name")
     parser.add_argument("out", help="the folder to write")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32",
-                        help="number format of the weights (%(default)s)")
+                        help="number format of the folder's weights (%(default)s)")
+    parser.add_argument("--gguf", metavar="FILE.gguf",
+                        help="also write this GGUF file (needs pip install gguf)")
+    # f16 halves the file, and every backend of llama.cpp computes with it. It is what llama.cpp's
+    # converter takes for weights in float32, too
+    parser.add_argument("--gguf_type", choices=tuple(GGUF_TYPES),
+                        help="number format of its matrices (f16)")
+    parser.add_argument("--modelfile", action="store_true",
+                        help="also write an Ollama Modelfile beside the GGUF file")
     parser.add_argument("--push_to_hub", metavar="USER/NAME",
                         help="upload the folder to this hub repository, and create it if needed")
     parser.add_argument("--private", action="store_true", help="create a private repository")
@@ -345,15 +478,28 @@ def parse_args():
         check_repo_name(args.push_to_hub)
     elif args.private:
         raise UserError("--private is about the repository of --push_to_hub: give both flags")
+    if args.gguf and not args.gguf.endswith(".gguf"):
+        raise UserError(f"--gguf {args.gguf} must end in .gguf, because programs find these files "
+                        "by their ending")
+    if not args.gguf and (args.gguf_type or args.modelfile):
+        flag = "--modelfile" if args.modelfile else "--gguf_type"
+        raise UserError(f"{flag} is about the file of --gguf: give both flags")
     return args
 
 
 def main():
     """Export as the command line says, and upload the folder if --push_to_hub is given."""
     args = parse_args()
-    out = export(args.source, args.out, args.dtype, args.push_to_hub)
+    gguf_type = args.gguf_type or "f16"
+    out = export(args.source, args.out, args.dtype, args.push_to_hub, args.gguf, gguf_type,
+                 args.modelfile)
     size = sum(path.stat().st_size for path in out.iterdir())
     print(f"{out}: {len(list(out.iterdir()))} files, {size / 1e6:.1f} MB")
+    if args.gguf:
+        path = Path(args.gguf).resolve()
+        print(f"{path}: {gguf_type}, {path.stat().st_size / 1e6:.1f} MB")
+        if args.modelfile:
+            print(f"{path.with_name('Modelfile')}: ollama create NAME -f Modelfile")
     if args.push_to_hub:
         print(f"uploaded to {push_to_hub(out, args.push_to_hub, args.private)}")
 

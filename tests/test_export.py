@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import ROOT, run_script, small_text, tiny_config
 from fake_hub import FakeHub
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import export_hf
@@ -28,13 +28,13 @@ from train_gpt2 import GPT, GPTConfig, TrainConfig, load, train
 TEXT = small_text(5000).replace("*", "") + " " + export_hf.PROBE
 
 
-def save_run(log_dir, tokenizer, scale=8.0, **config):
+def save_run(log_dir, tokenizer, scale=8.0, n_embd=32, block_size=48, **config):
     """
     Save a checkpoint of a random model whose weights are enlarged by `scale`, so that its logits
     are far from uniform. `config` changes the TrainConfig. Returns log_dir.
     """
     torch.manual_seed(1)
-    model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=48,
+    model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=n_embd, block_size=block_size,
                           vocab_size=tokenizer.vocab_size))
     for p in model.parameters():
         p.data += torch.randn_like(p) * 0.02  # so that biases are not 0
@@ -71,6 +71,21 @@ def test_transformers_computes_the_same_logits(bpe_run, exported):
     assert logits.std() > 0.5 and logits.dtype == torch.float32
     assert (expected[..., :300] - logits).abs().max() < 1e-4
     assert theirs.lm_head.weight.data_ptr() == theirs.transformer.wte.weight.data_ptr()
+
+
+def test_transformers_finds_all_tensors_and_no_others(exported):
+    """Guards against names that other readers want and transformers warns about."""
+    _, info = AutoModelForCausalLM.from_pretrained(exported, output_loading_info=True)
+    assert not any(info.values()), info
+
+
+def test_the_folder_has_what_mlx_lm_and_llama_cpps_converter_read(exported):
+    """mlx-lm needs OpenAI's own names, without "transformer."; the converter needs n_ctx."""
+    names = load_file(exported / "model.safetensors")
+    assert {"wte.weight", "wpe.weight", "ln_f.bias", "h.0.attn.c_attn.weight"} < set(names)
+    assert not [name for name in names if name.startswith(("transformer.", "lm_head"))]
+    config = json.loads((exported / "config.json").read_text())
+    assert config["n_ctx"] == config["n_positions"] == 48
 
 
 def test_transformers_generates_the_same_greedy_text(bpe_run, exported):
@@ -153,6 +168,36 @@ def test_the_model_card_lists_losses_data_and_recipe(exported):
     assert str(exported.parent) not in card  # folders of this machine are private
 
 
+def test_a_hugging_face_folder_is_exported_to_the_same_files(exported, tmp_path):
+    card, *names = sorted(path.name for path in exported.iterdir())
+    out = export_hf.export(exported, tmp_path / "again", "float32")
+    assert [path.name for path in sorted(out.iterdir())] == [card, *names]
+    for name in names:
+        assert (out / name).read_bytes() == (exported / name).read_bytes()
+
+
+def test_the_card_of_a_model_without_a_run_says_only_what_is_known(bpe_run, exported, tmp_path):
+    """Guards against a model of someone else that our card calls trained from scratch here."""
+    checkpoint = load_checkpoint(bpe_run / "model_00007.pt")
+    del checkpoint["config"]  # as a checkpoint of build-nanogpt, nanoGPT or llm.c
+    torch.save(checkpoint, tmp_path / "ckpt.pt")
+    for source, spec in ((tmp_path / "ckpt.pt", "bpe:300"), (exported, "tokenizer.json")):
+        card = (export_hf.export(source, tmp_path / source.stem) / "README.md").read_text("utf-8")
+        assert f"(tokenizer `{spec}`), written by gpt2-lab from `{source.name}`." in card
+        assert "vocabulary of 300 " in card and 'pipeline("text-generation"' in card
+        assert not [word for word in ("trained", "update", "##", "base_model", "license")
+                    if word in card]
+
+
+@pytest.mark.parametrize("text, license", [
+    ("---\ntags:\n- gpt2\nlicense: apache-2.0\n---\n# Title\n", "apache-2.0"),
+    ("---\nlicense: 'mit'\n---\n", "mit"), ("# Title\n\nlicense: mit\n", None),
+    ("---\ntags: x\n---\nlicense: mit\n---\n", None), ("", None)])
+def test_a_licence_is_named_only_if_the_front_matter_names_it(tmp_path, text, license):
+    (tmp_path / "README.md").write_text(text)
+    assert export_hf.read_license(tmp_path) == license
+
+
 def test_all_exported_files_have_the_same_permissions(exported):
     modes = {path.stat().st_mode for path in exported.iterdir()}
     assert len(modes) == 1
@@ -174,7 +219,7 @@ def test_bad_command_lines(call_main, bpe_run, exported, tmp_path):
     (tmp_path / "file").write_text("mine")
     expect_one_line(call_main, "is a file", bpe_run, tmp_path / "file")
     out = tmp_path / "out"
-    expect_one_line(call_main, "neither a checkpoint nor a log folder", exported, out)
+    expect_one_line(call_main, "no such file or folder", tmp_path / "no", out)
     expect_one_line(call_main, "holds neither", tmp_path, out)
     expect_one_line(call_main, "not the name of a repository",
                     bpe_run, out, "--push_to_hub", "mine")
