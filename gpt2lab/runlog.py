@@ -1,5 +1,6 @@
 """
-What a run records while it trains: log.txt, run.json and, on request, TensorBoard and wandb.
+What a run records while it trains: log.txt, run.json and, on request, TensorBoard and wandb or
+trackio.
 
 log.txt has one line "step stream value" for each number, for example "250 val 3.5818". run.json
 holds the run's configuration.
@@ -21,6 +22,8 @@ from gpt2lab.shards import read_meta
 RUN_FILES = ("log.txt", "run.json", "loss.png", "tensorboard")
 # how write_atomically names half a checkpoint
 UNFINISHED_CHECKPOINT = re.compile(r"model_\d+\.pt\.(\d+\.)?tmp")
+# what --wandb begins with if it names a project of trackio. wandb allows no colon in a name
+TRACKIO_PREFIX = "trackio:"
 
 
 # -----------------------------------------------------------------------------
@@ -32,12 +35,13 @@ def open_logger(config: Any, start_step: int = 0,
     """
     Prepare the log folder of a TrainConfig for a run from `start_step` on, and write run.json.
     Returns log(step, **values), which appends one line for each value to log.txt and sends the same
-    values to TensorBoard (event files in log_dir/tensorboard) and wandb if the config says so.
-    Raises UserError, before anything is written, if a package is missing or wandb does not start.
+    values to TensorBoard (event files in log_dir/tensorboard) and wandb or trackio if the config
+    says so. Raises UserError, before anything is written, if a package is missing or does not
+    start.
     """
     log_dir = Path(config.log_dir)
     SummaryWriter = import_tensorboard() if config.tensorboard else None
-    wandb_run = start_wandb(config.wandb, config) if config.wandb else None
+    wandb_run = start_wandb(config.wandb, config, start_step > 0) if config.wandb else None
     if os.path.lexists(log_dir) and not log_dir.is_dir():
         raise UserError(f"{log_dir} is a file, or a link that leads nowhere: give another "
                         "--log_dir, or mount the disk that it is on")
@@ -94,19 +98,46 @@ def import_tensorboard() -> Any:
     return SummaryWriter
 
 
-def start_wandb(project: str, config: Any) -> Any:
-    """A new wandb run in a project, named after the log folder of a TrainConfig."""
+def start_wandb(project: str, config: Any, resumes: bool) -> Any:
+    """
+    A run in a project of wandb, or of trackio for "trackio:PROJECT", named after the log folder of
+    a TrainConfig. If training `resumes`, trackio's run of this name continues. wandb starts a new
+    one. Raises UserError if the package is missing or does not start.
+    """
+    name, options = Path(config.log_dir).resolve().name, asdict(config)
+    if project.startswith(TRACKIO_PREFIX):
+        return start_trackio(project.removeprefix(TRACKIO_PREFIX), name, options, resumes)
     try:
         import wandb
     except ImportError:
         raise UserError("--wandb needs the package wandb: pip install wandb, or leave the flag "
                         "out") from None
     try:
-        return wandb.init(project=project, name=Path(config.log_dir).resolve().name,
-                          config=asdict(config))
+        return wandb.init(project=project, name=name, config=options)
     except Exception as error:  # not logged in, no network: wandb raises several types
         raise UserError(f"wandb does not start ({error}): run wandb login, or set "
                         "WANDB_MODE=offline") from error
+
+
+def start_trackio(project: str, name: str, options: dict, resumes: bool) -> Any:
+    """
+    A run of trackio, whose functions are those of wandb. It writes to files of this machine, in
+    the folder TRACKIO_DIR. If training `resumes`, the newest run of this name continues.
+    """
+    if not project:
+        raise UserError("--wandb trackio: lacks the name of a project: give trackio:PROJECT")
+    try:
+        import trackio
+    except ImportError:
+        raise UserError("--wandb trackio:PROJECT needs the package trackio: pip install trackio, "
+                        "or leave the flag out") from None
+    try:
+        # embed would start a server and show its page if training runs in a notebook
+        return trackio.init(project=project, name=name, config=options, embed=False,
+                            resume="allow" if resumes else "never")
+    except Exception as error:  # a server that its variables name: trackio raises several types
+        raise UserError(f"trackio does not start ({error}): correct the environment variables "
+                        "that begin with TRACKIO_, or leave the flag out") from error
 
 
 # -----------------------------------------------------------------------------
