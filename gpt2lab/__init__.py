@@ -5,8 +5,9 @@ that fineweb.py stays free of torch.
 cli           errors in one line, flags from a dataclass, ranks and CPUs from the environment
 streams       standard streams that print any text and may go away
 files         writing whole files, JSON, checksums
-shards        the shard format: names, meta.json, opening and verifying a folder
+shards        the shard format: names, meta.json, opening, finishing and verifying a folder
 sources       where text comes from: files, Hugging Face datasets, the builtin corpus
+token_files   token files of nanoGPT and llm.c
 tokenizer     gpt2, bpe:N and spm:N behind one class
 kernels       optimize(model): the same results, faster and in less memory
 optim         Muon and 8-bit AdamW
@@ -19,7 +20,9 @@ harness       the tasks of lm-eval
 downloads     official files of benchmarks
 checkpoints   saving, finding and resuming
 pretrained    weights and tokenizers in Hugging Face's format
-runlog        log.txt and run.json, TensorBoard, wandb
+gguf_file     GGUF files, for llama.cpp, Ollama and LM Studio
+foreign       checkpoints of nanoGPT, build-nanogpt and llm.c
+runlog        log.txt and run.json, TensorBoard, wandb, trackio
 report        the lines that a run prints, and updates that are not finite
 device        device, dtype, autocast, prefetching, memory, seeds, MFU
 distributed   the process group, sums over ranks, naming a rank that died

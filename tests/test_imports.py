@@ -14,9 +14,9 @@ from conftest import ROOT, run_script
 SCRIPTS_IMPORTED_BY = {"train_gpt2": {"fineweb", "plot"}, "sample": {"train_gpt2"},
                        "hellaswag": {"train_gpt2"}, "evaluate": {"train_gpt2"},
                        "export_hf": {"train_gpt2"}}
-SLOW_PACKAGES = {"bitsandbytes", "datasets", "huggingface_hub", "lm_eval", "matplotlib", "pyarrow",
-                 "requests", "safetensors", "sentencepiece", "tiktoken", "tokenizers", "torch",
-                 "transformers", "wandb"}
+SLOW_PACKAGES = {"bitsandbytes", "datasets", "gguf", "huggingface_hub", "lm_eval", "matplotlib",
+                 "pyarrow", "requests", "safetensors", "sentencepiece", "tiktoken", "tokenizers",
+                 "torch", "trackio", "transformers", "wandb"}
 
 
 # -----------------------------------------------------------------------------
