@@ -10,10 +10,12 @@ read, and as a GGUF file, which llama.cpp, Ollama and LM Studio read.
 
 import base64
 import contextlib
+import functools
 import json
 import os
 import re
 import shutil
+import signal
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -23,9 +25,10 @@ import torch
 
 from gpt2lab.checkpoints import load_checkpoint, resolve_checkpoint
 from gpt2lab.cli import UserError, make_parser, run_main
-from gpt2lab.files import check_output, read_json, write_atomically
+from gpt2lab.files import read_json, write_atomically
 from gpt2lab.gguf_file import (
     GGUF_TYPES,
+    context_note,
     import_gguf,
     modelfile_text,
     read_vocabulary,
@@ -170,6 +173,7 @@ def is_sentencepiece(tokenizer):
     return tokenizer.model is not None and not tokenizer.model.startswith("{")
 
 
+@functools.cache  # the folder and the GGUF file need it, and gpt2's takes a second
 def tokenizer_json(tokenizer):
     """The text of tokenizer.json for a Tokenizer of any kind."""
     if tokenizer.model is None:
@@ -335,6 +339,26 @@ def json_bytes(value):
 
 
 @contextlib.contextmanager
+def new_file(path):
+    """
+    A context that makes an empty file at `path`, so that no other export takes the same name. If
+    the context fails, nothing is left. Raises UserError if `path` exists or cannot be made.
+    """
+    try:
+        path.open("xb").close()
+    except FileExistsError:
+        raise UserError(f"{path} is there already: name another file, or remove it") from None
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error.strerror}): make its folder, or name another "
+                        "file") from error
+    try:
+        yield
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
 def new_folder(out):
     """
     A context that makes the folder `out`. Its files are written to the temporary folder that it
@@ -345,21 +369,29 @@ def new_folder(out):
         raise UserError(f"{out} is not empty: name another folder, or remove it")
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file: name another folder")
-    # a folder that is there already, for example a mounted one or the current one, stays
-    temporary = (out if out.is_dir() else out.parent) / f"{out.name}.{os.getpid()}.tmp"
+    stays = out.is_dir()  # as it may be mounted, or the current folder
+    temporary = (out if stays else out.parent) / f"{out.name}.{os.getpid()}.tmp"
     try:
         temporary.mkdir(parents=True)
     except OSError as error:
         raise UserError(f"cannot make {out} ({error.strerror}): name another folder") from error
     try:
         yield temporary
-        if out.is_dir():
+        if stays:
             for path in temporary.iterdir():
                 path.rename(out / path.name)
         else:
-            temporary.rename(out)
+            rename_folder(temporary, out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)  # is not there any more, or is in the way
+
+
+def rename_folder(folder, out):
+    """Give a folder the name `out`. Raises UserError if another program has used it meanwhile."""
+    try:
+        folder.rename(out)
+    except OSError as error:
+        raise UserError(f"cannot make {out} ({error.strerror}): name another folder") from error
 
 
 def export(source, out, dtype="float32", name=None, gguf=None, gguf_type="f16", modelfile=False):
@@ -373,41 +405,32 @@ def export(source, out, dtype="float32", name=None, gguf=None, gguf_type="f16", 
 
     If anything fails, nothing is left. Raises UserError.
     """
-    out, name = Path(out).resolve(), name or Path(out).resolve().name
-    beside = [Path(gguf).resolve()] if gguf else []
+    # realpath, because Path.resolve raises RuntimeError for a link that leads to itself
+    out, beside = Path(os.path.realpath(out)), [Path(os.path.realpath(gguf))] if gguf else []
+    name = name or out.name
     if modelfile:
         beside.append(beside[0].with_name("Modelfile"))
-    for path in beside:
-        check_new_file(path, out)
     if gguf:
         import_gguf()
-    with new_folder(out) as folder:
+    with contextlib.ExitStack() as files:
+        for path in beside:
+            if path.parent != out:  # a file in `out` is moved with the folder
+                files.enter_context(new_file(path))
+        folder = files.enter_context(new_folder(out))
         model = read_model(source)
         vocabulary = gguf and read_vocabulary(
             model.tokenizer, tokenizer_json(model.tokenizer), PROBE)
         write_folder(folder, out, model, dtype, name)
-        # a file in `out` is moved with the folder
         written = [folder / path.name if path.parent == out else path for path in beside]
-        try:
-            if gguf:
-                write_gguf(written[0], model.weights, model.config, vocabulary, gguf_type, name,
-                           model.license)
-            if modelfile:
-                text = modelfile_text(written[0].name, model.config["block_size"])
-                write_atomically(written[1], lambda file: file.write(text.encode("utf-8")))
-        except BaseException:
-            for path in written:
-                path.unlink(missing_ok=True)
-            raise
+        if gguf:
+            write_gguf(written[0], model.weights, model.config, vocabulary, gguf_type, name,
+                       model.license)
+        if modelfile:
+            text = modelfile_text(written[0].name, model.config["block_size"])
+            write_atomically(written[1], lambda file: file.write(text.encode("utf-8")))
+    if gguf and (note := context_note(model.config["block_size"])):
+        print(note, file=sys.stderr)
     return out
-
-
-def check_new_file(path, out):
-    """Raise UserError unless a file can be made at `path`, which may be in the new folder `out`."""
-    if path.exists():
-        raise UserError(f"{path} is there already: name another file, or remove it")
-    if path.parent != out:
-        check_output(path)
 
 
 def write_folder(folder, out, model, dtype, name):
@@ -490,6 +513,8 @@ def parse_args():
 def main():
     """Export as the command line says, and upload the folder if --push_to_hub is given."""
     args = parse_args()
+    # ends the script by an exception, as Ctrl-C does, so that nothing is left
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     gguf_type = args.gguf_type or "f16"
     out = export(args.source, args.out, args.dtype, args.push_to_hub, args.gguf, gguf_type,
                  args.modelfile)

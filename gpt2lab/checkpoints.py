@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import nn
 
 from gpt2lab import foreign, pretrained
-from gpt2lab.cli import UserError, env_int, env_rank, first_line, list_differences
+from gpt2lab.cli import UserError, env_int, env_rank, list_differences
 from gpt2lab.device import pick_dtype
 from gpt2lab.distributed import Ranks, on_master, sum_over_ranks
 from gpt2lab.files import write_atomically
@@ -149,7 +149,8 @@ def resolve_checkpoint(source: str | Path) -> Path | None:
         return None
     checkpoint = find_checkpoint(path) or foreign.find_checkpoint(path)
     if checkpoint is None:
-        raise UserError(f"{path} holds neither a checkpoint model_*.pt nor a Hugging Face model")
+        raise UserError(f"{path} holds neither a checkpoint (model_*.pt, ckpt.pt or model_*.bin) "
+                        "nor a Hugging Face model: name another folder, or a file")
     return checkpoint
 
 
@@ -203,18 +204,31 @@ def load_checkpoint(path: str | Path, mmap: bool = True) -> dict:
         with torch.serialization.safe_globals(foreign.PICKLED_CONFIG_NAMES):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         checkpoint = foreign.convert(checkpoint, path)
-        missing = {"step", "model", "model_config", "tokenizer"} - set(checkpoint)
+        check_parts(checkpoint, path)
     except UserError:
         raise
     except Exception as error:  # torch raises many types for a file that it cannot load
         if isinstance(error, OSError) and error.filename is not None:
             raise  # the file cannot be opened
+        reason = pretrained.load_failure(error)
+        if not zipfile.is_zipfile(path):
+            reason = "it is neither a complete file of torch.save nor a model file of llm.c"
         raise UserError(f"{path} is not a checkpoint of train_gpt2.py, or is damaged: name another "
-                        f"({first_line(error):.100})") from error
-    if missing:
-        raise UserError(f"{path} is not a checkpoint of train_gpt2.py (it lacks "
-                        f"{', '.join(sorted(missing))}): name another")
+                        f"({reason})") from error
     return checkpoint
+
+
+def check_parts(checkpoint: dict, path: Path) -> None:
+    """Raise UserError unless a checkpoint has the parts that load_checkpoint promises."""
+    kinds = {"step": int, "model": dict, "model_config": dict, "tokenizer": dict}
+    lacking = [name for name, kind in kinds.items() if not isinstance(checkpoint.get(name), kind)]
+    if lacking:
+        raise UserError(f"{path} is not a checkpoint of train_gpt2.py (it lacks "
+                        f"{', '.join(sorted(lacking))}): name another")
+    for name, tensor in checkpoint["model"].items():
+        if not pretrained.is_plain(tensor):
+            raise UserError(f"{path} is damaged, because its {name} is not a tensor of stored "
+                            "floating-point numbers: name another")
 
 
 @torch.no_grad()

@@ -9,13 +9,14 @@ import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from gpt2lab.cli import UserError
-from gpt2lab.pretrained import strip_wrappers
+from gpt2lab.pretrained import is_plain, strip_wrappers
 from gpt2lab.tokenizer import GPT2_VOCAB_SIZE
 
 GPT2_ROWS = (GPT2_VOCAB_SIZE, 50304)  # of an embedding of gpt2's tokens, without and with padding
@@ -61,13 +62,17 @@ def make_model_config(path: Path, sizes: dict, vocab_size: int, rows: int) -> di
     Keywords of GPTConfig for a checkpoint with `rows` rows of the embedding. Raises UserError
     unless its sizes are possible and its tokens are gpt2's.
     """
-    config = {name: sizes.get(name) for name in ("block_size", "n_layer", "n_head", "n_embd")}
+    config: dict[str, Any] = {
+        name: sizes.get(name) for name in ("block_size", "n_layer", "n_head", "n_embd")}
     config |= {"vocab_size": vocab_size, "padded_vocab_size": rows}
     for name, size in config.items():
         if type(size) is not int or not 0 < size <= MAX_SIZE:
             raise UserError(f"{path} is damaged, because its {name} is {size!r}, which is not a "
                             "whole number from 1 to 1,000,000: name another checkpoint")
-    if vocab_size != GPT2_VOCAB_SIZE or rows < vocab_size:
+    if rows < vocab_size or config["n_embd"] % config["n_head"]:
+        raise UserError(f"{path} is damaged, because its sizes contradict each other ({config}): "
+                        "name another checkpoint")
+    if vocab_size != GPT2_VOCAB_SIZE:
         raise UserError(
             f"{path} has a vocabulary of {vocab_size} tokens, but only gpt2's 50257 tokens are "
             "known, because such a checkpoint does not hold its tokenizer (nanoGPT's "
@@ -154,8 +159,7 @@ def complete(weights: dict[str, Tensor], model_config: dict, path: Path,
             # 0 compute exactly the same, so GPTConfig need not know this option
             weights.setdefault(name, torch.zeros(shape))
         tensor = weights.get(name)
-        if (not isinstance(tensor, Tensor) or tuple(tensor.shape) != shape
-                or not tensor.is_floating_point() or tensor.layout != torch.strided):
+        if not is_plain(tensor) or tuple(tensor.shape) != shape:
             raise UserError(f"{path} is not a GPT-2 of the sizes that it names, because it has no "
                             f"{name} of shape {shape}: name another checkpoint")
         missing.discard(name)

@@ -23,6 +23,7 @@ GGUF_TYPES = {"f32": ("F32", "ALL_F32"), "f16": ("F16", "MOSTLY_F16"),
 # llama.cpp's kinds of tokens. It finds those that the user has defined before it splits a text, and
 # takes control tokens in a text for characters
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
+CONTEXT_STEP = 256  # llama.cpp rounds the length of a context up to a multiple of this
 
 
 class Vocabulary(NamedTuple):
@@ -178,7 +179,10 @@ def convert(name: str, tensor: Tensor, kind: Any) -> Any:
     """
     gguf = import_gguf()
     number = tensor.half() if kind == gguf.GGMLQuantizationType.F16 else tensor.float()
-    if not number.isfinite().all():
+    stored = number.bfloat16() if kind == gguf.GGMLQuantizationType.BF16 else number
+    if kind == gguf.GGMLQuantizationType.Q8_0:
+        stored = (number / 127).half()  # the scale of a block, whose largest integer is 127
+    if not stored.isfinite().all():
         raise UserError(f"{name} is not finite in {kind.name}: use --gguf_type f32, or another "
                         "model if that fails too")
     return gguf.quantize(number.numpy(), kind)
@@ -213,6 +217,15 @@ def add_vocabulary(writer: Any, vocabulary: Vocabulary) -> None:
     writer.add_bos_token_id(vocabulary.eot)
     writer.add_eos_token_id(vocabulary.eot)
     writer.add_add_bos_token(False)  # a prompt begins where it begins
+
+
+def context_note(block_size: int) -> str | None:
+    """A line about the use of a GGUF file if llama.cpp lets its texts become too long, or None."""
+    if block_size % CONTEXT_STEP == 0:
+        return None
+    return (f"note: llama.cpp rounds a context up to a multiple of {CONTEXT_STEP} tokens, but this "
+            f"model has {block_size} positions, beyond which llama.cpp ends with a failed "
+            "assertion: choose -n so that a prompt and its continuation fit")
 
 
 # -----------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 from zipfile import is_zipfile
 
 import torch
@@ -129,7 +129,7 @@ def copy_weights(model: nn.Module, name_or_dir: str | Path) -> None:
             name = parameter_name(stored_name)
             if name not in params:
                 continue  # a buffer, such as the causal mask that older files hold
-            if not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.is_meta:
+            if not is_plain(tensor):
                 raise UserError(f"{name_or_dir}: {name} does not hold plain floating-point numbers "
                                 f"but {tensor.dtype}: name a model that is not quantized")
             if name.endswith(TRANSPOSED):
@@ -147,6 +147,24 @@ def copy_weights(model: nn.Module, name_or_dir: str | Path) -> None:
     if missing:
         raise UserError(f"{name_or_dir} lacks the tensors {', '.join(sorted(missing)[:3])} and "
                         f"others, {len(missing)} in all: download it again")
+
+
+def is_plain(tensor: Any) -> TypeGuard[Tensor]:
+    """
+    Whether this is a tensor of floating-point numbers that are all stored. It is not if it is
+    sparse, or if it repeats a few numbers, with which a small file could fill the memory.
+    """
+    return (isinstance(tensor, Tensor) and tensor.is_floating_point()
+            and tensor.layout == torch.strided and not tensor.is_meta
+            and tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size())
+
+
+def load_failure(error: Exception) -> str:
+    """Why torch.load with weights_only has refused a file, in at most 100 characters."""
+    # torch names the class or function that it has not called
+    if found := re.search(r"GLOBAL (\S+)", str(error)):
+        return f"it holds {found[1]:.60}, which may run code"
+    return f"{first_line(error):.100}"
 
 
 def parameter_name(stored_name: str) -> str:
@@ -213,7 +231,7 @@ def read_torch_file(path: Path) -> dict[str, Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
         return {str(name): tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
     except Exception as error:  # torch raises many types for a file that it cannot load
-        raise UserError(f"{path} holds no weights, or is damaged ({first_line(error):.100}): "
+        raise UserError(f"{path} holds no weights, or is damaged ({load_failure(error)}): "
                         "download it again") from error
 
 

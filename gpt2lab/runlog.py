@@ -124,7 +124,7 @@ def start_trackio(project: str, name: str, options: dict, resumes: bool) -> Any:
     A run of trackio, whose functions are those of wandb. It writes to files of this machine, in
     the folder TRACKIO_DIR. If training `resumes`, the newest run of this name continues.
     """
-    if not project:
+    if not project.strip():
         raise UserError("--wandb trackio: lacks the name of a project: give trackio:PROJECT")
     try:
         import trackio

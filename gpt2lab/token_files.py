@@ -5,6 +5,7 @@ A file of nanoGPT is a row of uint16 token ids. A file of llm.c has a header of 
 front of them: a magic number, a version and the number of tokens. Neither names its tokenizer.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -52,11 +53,12 @@ class TokenStream(NamedTuple):
 
 def list_token_files(names: Sequence[str | Path]) -> list[TokenFile]:
     """
-    The token files with these names, sorted by their file names. Raises UserError for a file that
-    is damaged or of an unknown kind, or if a split has no file.
+    The token files with these names, sorted by their file names. A file that is named twice, be it
+    through a link, is read once. Raises UserError for a file that is damaged or of an unknown kind,
+    or if a split has no file.
     """
-    paths = sorted({Path(name) for name in names}, key=lambda path: (path.name, path))
-    files = [open_token_file(path) for path in paths]
+    paths = {os.path.realpath(name): Path(name) for name in names}.values()
+    files = [open_token_file(path) for path in sorted(paths, key=lambda path: (path.name, path))]
     for split in SPLITS:
         if not any(file.split == split for file in files):
             raise UserError(f"--import needs a file of each split, but none is of {split}: add a "
@@ -82,14 +84,16 @@ def open_token_file(path: Path) -> TokenFile:
         raise UserError(f"{path} has token ids of Llama 3, whose tokenizer is not one of those "
                         f"here: {FROM_TEXT}")
     offset = 4 * HEADER_INTS if magic == MAGIC else 0
+    if magic == MAGIC and len(header) < HEADER_INTS:
+        raise UserError(f"{path} is cut off in its header: copy or make it again")
     if size % 2 or size == offset:
         what = "is empty" if size == offset else f"has an odd number of bytes, {size:,}"
         raise UserError(f"{path} {what}, so it holds no uint16 token ids: copy or make it again")
     num_tokens = (size - offset) // 2
-    if magic == MAGIC and (len(header) < HEADER_INTS or header[1:3] != [1, num_tokens]):
+    if magic == MAGIC and header[1:3] != [1, num_tokens]:
         raise UserError(
             f"{path} has {size:,} bytes and the header {header[:3]}, but llm.c's header of such a "
-            f"file is [{MAGIC}, 1, {max(num_tokens, 0)}]: copy or make it again")
+            f"file is [{MAGIC}, 1, {num_tokens}]: copy or make it again")
     return TokenFile(path, split, offset, num_tokens)
 
 
@@ -153,11 +157,15 @@ def token_lengths(tokenizer: Tokenizer) -> np.ndarray:
 
 def check_heads(files: Sequence[TokenFile], tokenizer: Tokenizer) -> None:
     """
-    Raise UserError if the first tokens of a file are outside the vocabulary, so that a wrong
-    tokenizer is found before anything is written.
+    Raise UserError if the first tokens of a file are outside the vocabulary or are not uint16, so
+    that a wrong tokenizer or format is found before anything is written.
     """
     for file in files:
-        count_ids(file.path, read_ids(file, 0, min(PIECE_TOKENS, file.num_tokens)), tokenizer)
+        ids = read_ids(file, 0, min(PIECE_TOKENS, file.num_tokens))
+        count_ids(file.path, ids, tokenizer)
+        if len(ids) >= 100 and not ids[1::2].any():  # the upper halves of small uint32 numbers
+            raise UserError(f"{file.path} seems to hold uint32 numbers, because every second "
+                            "uint16 number is 0: write its token ids as uint16")
 
 
 def write_splits(files: Sequence[TokenFile], tokenizer: Tokenizer, state: dict, state_file: Path,

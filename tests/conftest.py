@@ -187,6 +187,13 @@ def run_script(*args, cwd=None, env=None):
                           env={**os.environ, "PYTHONUTF8": "1", **(env or {})})
 
 
+class MakesFolderWhenUnpickled:
+    """An object whose pickle, if it is loaded without care, calls os.mkdir("hacked")."""
+
+    def __reduce__(self):
+        return os.mkdir, ("hacked",)
+
+
 class JobResult(NamedTuple):
     """How a Job of tests/forked.py ended."""
 

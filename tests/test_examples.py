@@ -189,13 +189,14 @@ exit "${CODE:-0}"
 """
 
 
-def start_pod(tmp_path, finished=False, **variables):
+def start_pod(tmp_path, finished=False, steps=TrainConfig.max_steps, **variables):
     """Start what a pod runs, with tmp_path as its volume; returns the process."""
     (tmp_path / "log").mkdir()
     if finished:
-        (tmp_path / "log" / f"model_{TrainConfig.max_steps}.pt").touch()
+        (tmp_path / "log" / f"model_{steps:05d}.pt").touch()  # as save_checkpoint names it
     env = make_commands(tmp_path, torchrun=TORCHRUN) | variables
-    script = kubernetes_script().replace("/gpt2/", f"{tmp_path}/")
+    script = kubernetes_script().replace("/gpt2/", f"{tmp_path}/").replace(
+        f"steps={TrainConfig.max_steps}", f"steps={steps}")
     return subprocess.Popen(["bash", "-c", script], env=env, text=True, stdout=subprocess.PIPE)
 
 
@@ -210,10 +211,11 @@ def test_a_pod_passes_sigterm_on_and_waits_for_the_checkpoint(tmp_path):
 
 
 @posix_only
-@pytest.mark.parametrize("finished, code, expected", [(False, 0, 1), (True, 0, 0), (True, 2, 2)])
-def test_a_pod_succeeds_only_if_its_run_is_finished(tmp_path, finished, code, expected):
-    """Guards against pods that are not started again after another pod was evicted."""
-    process = start_pod(tmp_path, finished, CODE=str(code))
+@pytest.mark.parametrize("finished, code, expected, steps", [
+    (False, 0, 1, 19073), (True, 0, 0, 19073), (True, 2, 2, 19073), (True, 0, 0, 600)])
+def test_a_pod_succeeds_only_if_its_run_is_finished(tmp_path, finished, code, expected, steps):
+    """Guards against pods that are not started again after another pod was evicted, or always."""
+    process = start_pod(tmp_path, finished, steps, CODE=str(code))
     process.communicate()
     assert process.returncode == expected
 
@@ -253,6 +255,7 @@ def test_trackio_fails_before_anything_is_written(data_dir, tmp_path, monkeypatc
     monkeypatch.setitem(sys.modules, "trackio", None)
     with pytest.raises(UserError, match="pip install trackio"):
         open_logger(config)
-    with pytest.raises(UserError, match="give trackio:PROJECT"):
-        open_logger(replace(config, wandb="trackio:"))
+    for wandb in ("trackio:", "trackio: "):
+        with pytest.raises(UserError, match="give trackio:PROJECT"):
+            open_logger(replace(config, wandb=wandb))
     assert not (tmp_path / "log").exists()

@@ -3,13 +3,13 @@ Checkpoints of nanoGPT and llm.c, written here by the rules of their formats, ag
 GPT2LMHeadModel with the same weights. tests/test_resume.py has those of build-nanogpt.
 """
 
-import os
 import re
 import sys
 
 import numpy as np
 import pytest
 import torch
+from conftest import MakesFolderWhenUnpickled
 from safetensors.torch import save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -21,6 +21,7 @@ from gpt2lab.pretrained import TRANSPOSED
 from train_gpt2 import GPT, GPTConfig, TrainConfig, build_model, load
 
 SIZES = dict(block_size=16, n_layer=2, n_head=2, n_embd=8)
+WTE = "transformer.wte.weight"
 # the tensors of a layer in the order of llm.c
 LAYER_TENSORS = [f"{part}.{kind}" for part in (
     "ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")
@@ -188,28 +189,57 @@ def test_foreign_checkpoints_are_a_start_but_cannot_be_resumed(tmp_path, save):
 # what is refused
 
 
-class MakesFolderWhenUnpickled:
-    """An object whose pickle, if it is loaded without care, calls os.mkdir("hacked")."""
-
-    def __reduce__(self):
-        return os.mkdir, ("hacked",)
-
-
 @pytest.mark.parametrize("place", ["config", "model_args", "model", "optimizer"])
 def test_code_in_a_checkpoint_of_nanogpt_is_never_run(tmp_path, monkeypatch, place):
     """Guards against a file from a stranger that does what it likes."""
     monkeypatch.chdir(tmp_path)
     save_nanogpt("ckpt.pt", plain_weights(make_oracle()), **{place: MakesFolderWhenUnpickled()})
-    with pytest.raises(UserError, match="is not a checkpoint of"):
+    with pytest.raises(UserError, match=r"not a checkpoint of .*\(it holds \w+\.mkdir, which"):
         load(tmp_path)
     assert not (tmp_path / "hacked").exists()
 
 
+def save_as_nanogpt(folder, weights):
+    return save_nanogpt(folder / "ckpt.pt", plain_weights(make_oracle()), model=weights)
+
+
+def save_as_ours(folder, weights):
+    config = SIZES | {"vocab_size": 50257, "padded_vocab_size": 50257}
+    torch.save({"step": 1, "model": weights, "model_config": config,
+                "tokenizer": {"spec": "gpt2", "model": None}}, folder / "model_00001.pt")
+    return folder
+
+
+def save_as_hugging_face(folder, weights):
+    GPT2Config(n_positions=16, n_layer=2, n_head=2, n_embd=8).save_pretrained(folder)
+    torch.save(weights, folder / "pytorch_model.bin")
+    return folder
+
+
+@pytest.mark.parametrize("save", [save_as_nanogpt, save_as_ours, save_as_hugging_face])
+@pytest.mark.parametrize("change", [
+    lambda tensor: tensor.to("meta"), lambda tensor: tensor.to_sparse(),
+    lambda tensor: tensor.to(torch.int8), lambda tensor: torch.zeros(1).expand(tensor.shape)])
+def test_weights_that_are_not_stored_are_refused(tmp_path, save, change):
+    """Guards against a traceback, and against a small file that fills the memory."""
+    weights = plain_weights(make_oracle())
+    source = save(tmp_path, weights | {"lm_head.weight": weights[WTE], WTE: change(weights[WTE])})
+    with pytest.raises(UserError, match=f"{WTE}.*(name|shape)"):
+        GPT.from_pretrained(source)
+
+
+@pytest.mark.parametrize("changes", [
+    {"model": [1]}, {"model": None}, {"model_config": 3}, {"tokenizer": "gpt2"}, {"step": "1"}])
+def test_a_checkpoint_whose_parts_are_of_other_kinds_is_refused(tmp_path, changes):
+    save_as_ours(tmp_path, plain_weights(make_oracle()))
+    checkpoint = torch.load(tmp_path / "model_00001.pt") | changes
+    torch.save(checkpoint, tmp_path / "model_00001.pt")
+    with pytest.raises(UserError, match=rf"\(it lacks {min(changes)}\): name another"):
+        load(tmp_path)
+
+
 def without(weights, name):
     return {key: tensor for key, tensor in weights.items() if key != name}
-
-
-WTE = "transformer.wte.weight"
 
 
 @pytest.mark.parametrize("change, args, message", [
@@ -220,7 +250,7 @@ WTE = "transformer.wte.weight"
     (lambda w: w | {"transformer.h.0.rotary": torch.zeros(4)}, {}, "has a tensor .*h.0.rotary"),
     (lambda w: {name: tensor.int() for name, tensor in w.items()}, {}, "no transformer.wte.weight"),
     (lambda w: w, {"n_layer": 10**6}, "no transformer.h.2.ln_1.weight"),
-    (lambda w: w, {"n_head": 3}, "not divisible by n_head 3"),
+    (lambda w: w, {"n_head": 3}, "its sizes contradict each other"),
     (lambda w: w, {"n_embd": "8"}, "n_embd is '8'"), (lambda w: w, {"block_size": 0}, "is 0"),
     (lambda w: w, {"n_layer": 2**31}, "from 1 to 1,000,000")])
 def test_other_models_of_nanogpt_are_refused(tmp_path, change, args, message):
@@ -243,8 +273,8 @@ def test_an_untied_lm_head_of_nanogpt_is_refused(tmp_path):
     ({"version": 4}, "version 4, but only 3"), ({"version": 2}, "version 2, but only 3"),
     ({"n_layer": 0}, "n_layer is 0"), ({"n_embd": -8}, "n_embd is -8"),
     ({"padded": 2**31 - 1}, "padded_vocab_size is 2147483647"),
-    ({"vocab_size": 32000}, "vocabulary of 32000 tokens"), ({"padded": 50256}, "vocabulary of"),
-    ({"n_layer": 3}, "bytes, but its header asks for"), ({"n_head": 3}, "not divisible"),
+    ({"vocab_size": 32000}, "vocabulary of 32000 tokens"), ({"padded": 50256}, "sizes contradict"),
+    ({"n_layer": 3}, "bytes, but its header asks for"), ({"n_head": 3}, "sizes contradict"),
     ({"block_size": 10**6}, "bytes, but its header asks for"),
     ({"magic": 20240327}, "is not a checkpoint of")])  # a state, for tests of llm.c
 def test_other_model_files_of_llmc_are_refused(tmp_path, changes, message):
@@ -260,7 +290,7 @@ def test_other_model_files_of_llmc_are_refused(tmp_path, changes, message):
     (lambda data: data + b"\0", "bytes, but its header asks for"),
     (lambda data: data[:1024], "bytes, but its header asks for"),
     (lambda data: data[:1000], "cut off in its header"), (lambda data: data[:4], "cut off"),
-    (lambda data: b"", "is not a checkpoint of")])
+    (lambda data: b"", "neither a complete file of torch.save nor a model file of llm.c")])
 def test_damaged_model_files_of_llmc_are_named(tmp_path, change, message):
     """Guards against a download that was cut off and loads as another model."""
     path = save_llmc(tmp_path / "model_00000001.bin", plain_weights(make_oracle(), 50304))

@@ -5,6 +5,8 @@ Tests that need the optional packages gguf or llama_cpp are skipped where they a
 
 import json
 import math
+import os
+import signal
 import sys
 import weakref
 
@@ -182,6 +184,15 @@ def test_no_file_is_overwritten(call_main, bpe_run, tmp_path, monkeypatch):
     assert all(path.read_text() == "mine" for path in mine)
 
 
+def test_links_that_lead_to_themselves_are_errors_of_one_line(call_main, bpe_run, tmp_path, gguf):
+    loop = tmp_path / "loop.gguf"
+    loop.symlink_to(loop.name)
+    expect_one_line(call_main, "loop.gguf is there already", bpe_run, tmp_path / "out", "--gguf",
+                    loop)
+    expect_one_line(call_main, "cannot make", bpe_run, loop)
+    assert list(tmp_path.iterdir()) == [loop]
+
+
 def test_the_modelfile_samples_as_sample_py_does():
     lines = gguf_file.modelfile_text("my gpt2.gguf", 1024).splitlines()
     assert lines[0] == "FROM ./my gpt2.gguf" and 'TEMPLATE """{{ .Prompt }}"""' in lines
@@ -272,9 +283,54 @@ def test_files_in_the_folder_are_moved_with_it(call_main, bpe_run, tmp_path, ggu
     out = tmp_path / "out"
     code, text, err = call_main(export_hf, bpe_run, out, "--gguf", out / "a.gguf", "--modelfile")
     assert code == 0 and "8 files" in text and "a.gguf: f16, 0.1 MB" in text, err
+    assert "note: llama.cpp rounds a context up" in err and "this model has 64 positions" in err
+    assert gguf_file.context_note(1024) is None
     assert (out / "Modelfile").read_text().startswith("FROM ./a.gguf\n")
     assert read_gguf(out / "a.gguf")[0]["general.name"] == "out"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_two_exports_do_not_take_the_same_names(bpe_run, tmp_path, gguf, monkeypatch):
+    """Guards against an export that removes or overwrites files of another one."""
+    read_model, path, out = export_hf.read_model, tmp_path / "a.gguf", tmp_path / "out"
+
+    def read_while_another_exports(source):
+        monkeypatch.undo()
+        with pytest.raises(UserError, match=r"a\.gguf is there already"):
+            export_hf.export(source, tmp_path / "second", gguf=path)
+        out.mkdir()
+        (out / "README.md").write_text("mine")
+        return read_model(source)
+
+    monkeypatch.setattr(export_hf, "read_model", read_while_another_exports)
+    with pytest.raises(UserError, match=r"cannot make .*name another folder"):
+        export_hf.export(bpe_run, out, gguf=path)
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "README.md"]
+    assert (out / "README.md").read_text() == "mine"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has other signals")
+def test_sigterm_leaves_nothing(call_main, bpe_run, tmp_path, gguf, monkeypatch):
+    """Guards against an empty GGUF file, which looks like an export, after a time limit."""
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(export_hf, "write_gguf", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    try:
+        code, _, err = call_main(export_hf, bpe_run, tmp_path / "out", "--gguf",
+                                 tmp_path / "a.gguf", "--modelfile")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert code == 143 and "Traceback" not in err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("gguf_type, number", [("f16", 1e5), ("bf16", 3.4e38), ("q8_0", 1e7)])
+def test_a_number_too_large_for_its_format_is_refused(gguf, gguf_type, number):
+    """Guards against infinite numbers in a file, and against an infinite scale of a block."""
+    kind, tensor = gguf.GGMLQuantizationType[gguf_type.upper()], torch.full((2, 32), number)
+    with pytest.raises(UserError, match=f"w is not finite in {kind.name}: use --gguf_type f32"):
+        gguf_file.convert("w", tensor, kind)
+    stored = gguf.dequantize(gguf_file.convert("w", tensor / 2, kind), kind)
+    assert np.allclose(stored, number / 2, rtol=0.01)
 
 
 def test_weights_too_large_for_float16_leave_nothing(call_main, bpe_run, tmp_path, gguf):

@@ -12,7 +12,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ROOT, read_log, run_jobs, run_script, tiny_config, tiny_flags
+from conftest import (
+    ROOT,
+    MakesFolderWhenUnpickled,
+    read_log,
+    run_jobs,
+    run_script,
+    tiny_config,
+    tiny_flags,
+)
 from forked import Job
 
 import fineweb
@@ -260,13 +268,6 @@ def test_checkpoints_of_build_nanogpt_load(tmp_path, prefix):
     assert load_checkpoint(path)["step"] == 19072
     with pytest.raises(UserError, match="--init_from"):
         resume(TrainConfig(resume=str(path)), Ranks(torch.device("cpu")), model, None, None, "")
-
-
-class MakesFolderWhenUnpickled:
-    """An object whose pickle, if it is loaded without care, calls os.mkdir("hacked")."""
-
-    def __reduce__(self):
-        return os.mkdir, ("hacked",)
 
 
 def test_code_in_a_checkpoint_is_never_run(tmp_path, monkeypatch):

@@ -11,13 +11,12 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, read_log, run_script, small_text, tiny_config
+from conftest import ROOT, MakesFolderWhenUnpickled, run_script, small_text
 
 import fineweb
 from gpt2lab import shards, token_files
 from gpt2lab.cli import UserError
 from gpt2lab.token_files import TokenFile, open_stream, read_pieces
-from train_gpt2 import train
 
 SHARD_SIZE = 8000  # train fills five of them
 EOT = 299  # of the tokenizer of `ours`
@@ -101,14 +100,13 @@ def test_imported_shards_are_those_of_the_same_text(ours, tmp_path, capsys, writ
     assert "out is whole: 6 shards" in capsys.readouterr().out
 
 
-def test_training_on_imported_shards_gives_the_same_losses(ours, tmp_path):
-    """Guards against a folder that train_gpt2.py does not read, or reads in another order."""
-    out = tmp_path / "out"
-    import_files(write_nanogpt_files(tmp_path, ours), ours, out)
-    for name, data_dir in (("a", ours), ("b", out)):
-        train(tiny_config(data_dir, tmp_path / name, max_steps=2, save_every=0))
-    for stream in ("train", "val", "val_bpb"):
-        assert read_log(tmp_path / "a", stream) == read_log(tmp_path / "b", stream), stream
+def test_a_file_that_is_named_twice_is_read_once(ours, tmp_path, monkeypatch):
+    """Guards against doubled tokens, of a link or of another spelling of a path."""
+    monkeypatch.chdir(tmp_path)
+    files = write_nanogpt_files(tmp_path, ours)
+    (tmp_path / "link_train.bin").symlink_to(files[0])
+    meta = import_files([*files, "train.bin", "link_train.bin"], ours, tmp_path / "out")
+    assert meta["splits"] == shards.read_meta(ours)["splits"]
 
 
 def test_gpt2_tokens_without_documents_are_one_document(gpt2_tokenizer, tmp_path, call_main):
@@ -203,13 +201,6 @@ def test_a_changed_file_is_not_mixed_with_what_was_imported_before(ours, tmp_pat
 # what is refused
 
 
-class MakesFolderWhenUnpickled:
-    """An object whose pickle, if it is loaded, calls os.mkdir("hacked")."""
-
-    def __reduce__(self):
-        return os.mkdir, ("hacked",)
-
-
 def write_nothing(path):
     path.write_bytes(b"")
 
@@ -247,6 +238,10 @@ def write_llama(path):
     save_llmc(path, [1, 2, 3], magic=20240801, version=7)
 
 
+def write_uint32(path):
+    np.arange(200, dtype="<u4").tofile(path)
+
+
 def write_large_id(path):
     save_nanogpt(path, [1, 2, 300])
 
@@ -260,6 +255,10 @@ def write_folder(path):
     path.mkdir()
 
 
+def write_loop(path):
+    path.symlink_to(path.name)
+
+
 def remove(path):
     path.unlink(missing_ok=True)
 
@@ -271,11 +270,13 @@ def remove(path):
     ("train.bin", write_short, "but llm.c's header of such a file is [20240520, 1, 3]"),
     ("train.bin", write_long, "[20240520, 1, 2]"), ("train.bin", write_negative, "[20240520, 1"),
     ("train.bin", write_version_2, "the header [20240520, 2, 3]"),
-    ("train.bin", write_half_a_header, "train.bin has 100 bytes"),
+    ("train.bin", write_half_a_header, "train.bin is cut off in its header"),
+    ("train.bin", write_uint32, "seems to hold uint32 numbers"),
     ("train.bin", write_llama, "Llama 3, whose tokenizer is not one of those here: make shards"),
     ("train.bin", write_large_id, "train.bin has token id 300, but"),
     ("train.bin", write_characters, "has ids of characters, because a meta.pkl"),
     ("train.bin", write_folder, "train.bin is a folder"), ("train.bin", remove, "does not exist"),
+    ("train.bin", write_loop, "train.bin does not exist"),
     ("edufineweb_train_000001.npy", write_odd, "is a shard already"),
     ("second_val.bin", write_short, "second_val.bin has 1,030 bytes"),
     ("data.bin", write_odd, "says neither that it is of train"),
