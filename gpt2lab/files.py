@@ -79,7 +79,9 @@ def check_output(path: str | Path, inputs: Iterable[str | Path] = ()) -> Path:
         raise UserError(f"{path} is a folder: name a file in it")
     if path.exists() and not path.is_file():
         return path  # a pipe, or a device such as /dev/null
-    path = path.resolve()  # a link stays, and the file that it names is replaced
+    path = Path(os.path.realpath(path))  # a link stays, and the file that it names is replaced
+    if path.is_symlink():
+        raise UserError(f"{path} is a link that leads to itself: name another file")
     for other in (*inputs, 1, 2):  # the last two are stdout and stderr
         if path.exists() and os.path.exists(other) and os.path.samefile(path, other):
             raise UserError(f"{path} is in use by this run, and would be lost: name another file")

@@ -319,3 +319,10 @@ def test_a_write_protected_output_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everything
     with pytest.raises(UserError, match="write-protected"):
         check_output(path)
+
+
+def test_an_output_that_is_a_link_to_itself_is_refused(tmp_path):
+    (tmp_path / "a").symlink_to(tmp_path / "b")
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    with pytest.raises(UserError, match="leads to itself"):
+        check_output(tmp_path / "a")
