@@ -52,7 +52,6 @@ from gpt2lab.device import (
     set_seed,
     synchronize,
 )
-from gpt2lab.generate import generate
 from gpt2lab.signals import Signals
 
 # -----------------------------------------------------------------------------
@@ -282,7 +281,7 @@ class DataLoaderLite:
     Batches of a split as a pure function of the step, with no state to save or to resume.
 
     The split is a set of sequences of T tokens (and the target of the last one). Every epoch visits
-    all of them in a new order: the shards are shuffled, and the sequences inside each shard. The
+    all of them in a new order, of shards and inside each shard, and cuts them at other places. The
     sequence number row_id = ((step * grad_accum_steps + micro_step) * world_size + rank) * B + row
     is looked up, so that a step sees the same set for every B and world size.
     """
@@ -290,14 +289,13 @@ class DataLoaderLite:
     def __init__(self, data_dir, split, B, T, rank=0, world_size=1, seed=1337, shuffle=True,
                  grad_accum_steps=1):
         self.B, self.T, self.rank, self.world_size = B, T, rank, world_size
-        self.seed, self.shuffle, self.grad_accum_steps = seed, shuffle, grad_accum_steps
+        self.seed, self.grad_accum_steps = seed if shuffle else None, grad_accum_steps
         self.vocab_size = shards.read_meta(data_dir)["vocab_size"]
         self.fingerprint = shards.fingerprint(data_dir)  # tells other data apart on resume
         self.bytes_per_token = shards.bytes_per_token(data_dir, split)  # None if unknown
         opened = shards.open_split(data_dir, split)  # a damaged shard is found now, not in a day
-        # do not keep the memory maps, because every page once read would count as our memory.
-        # Remember path, dtype and offset, and read from the file
-        self.shards = [(path, tokens.dtype, tokens.offset) for path, tokens in opened]
+        self.shards = [shards.Location(path, tokens.dtype, tokens.offset, len(tokens))
+                       for path, tokens in opened]
         # how many sequences each shard holds. The last target needs one token more
         self.sequences = np.array([max(len(tokens) - 1, 0) // T for _, tokens in opened])
         self.num_sequences = int(self.sequences.sum())
@@ -305,24 +303,20 @@ class DataLoaderLite:
             raise UserError(f"the {split} split of {data_dir} has no {T + 1} tokens in a row: "
                             "choose a smaller --T or more text")
 
-    def _order(self, epoch, shard, n):
-        """The order of the n sequences in a shard, or of the n shards (shard -1)."""
-        return shards.permutation(self.seed, epoch, shard, n) if self.shuffle else np.arange(n)
-
     def _sequence(self, row_id):
         """The T + 1 tokens of one sequence, as stored."""
         epoch, index = divmod(row_id, self.num_sequences)
-        shard_order = self._order(epoch, -1, len(self.shards))
+        shard_order = shards.permutation(self.seed, epoch, -1, len(self.shards))
         ends = np.cumsum(self.sequences[shard_order])  # where each shard ends, in sequences
         position = int(np.searchsorted(ends, index, side="right"))
         shard = int(shard_order[position])
         n = int(self.sequences[shard])
         index_in_shard = index - int(ends[position]) + n
-        start = int(self._order(epoch, shard, n)[index_in_shard]) * self.T  # in tokens
-        path, dtype, offset = self.shards[shard]
-        tokens = np.fromfile(path, dtype, self.T + 1, offset=offset + start * dtype.itemsize)
-        shards.check_ids(tokens, self.vocab_size, path)
-        return tokens
+        number = int(shards.permutation(self.seed, epoch, shard, n)[index_in_shard])
+        start = number * self.T + shards.first_cut(self.seed, epoch, self.T)  # in tokens
+        # the last sequence of the shard may have to begin earlier, and repeats some tokens then
+        start = min(start, self.shards[shard].num_tokens - self.T - 1)
+        return shards.read_tokens(self.shards[shard], start, self.T + 1, self.vocab_size)
 
     def rows(self, row_ids):
         """(x, y) for given sequence numbers, (len(row_ids), T) int64 each."""
@@ -372,6 +366,9 @@ class TrainConfig:
     max_lr: float = option(6e-4, "learning rate after warmup")
     min_lr: float = option(6e-5, "learning rate at the end")
     warmup_steps: int = option(715, "updates of linear warmup; 715 are 375M tokens")
+    schedule: str = option("cosine", "how the learning rate falls; wsd: linearly, at the end only",
+                           choices=("cosine", "linear", "wsd"))
+    decay_fraction: float = option(0.5, "share of the updates in which wsd falls", highest=1)
     optimizer: str = option("adamw", "turns gradients into updates", choices=optim.OPTIMIZERS)
     weight_decay: float = option(0.1, "on matrices and embeddings")
     beta2: float = option(0.95, "AdamW's second moment decay", highest=0.999999)
@@ -405,29 +402,36 @@ class TrainConfig:
     check: bool = option(False, "print what this machine has and whether the run could start")
 
     def __post_init__(self):
-        cli.check_ranges(self)
-        benchmarks.expand_names(cli.split_list(self.eval_tasks))  # raises for an unknown name
-        if self.T > self.block_size:
-            raise UserError(f"--T {self.T} is longer than block_size {self.block_size}: "
-                            "lower --T or raise --block_size")
+        presets.check_options(self)
 
     @property
     def num_val_tokens(self):
         """Tokens to evaluate: the same for every B and world size, so that losses compare."""
         return self.val_tokens or 20 * self.total_batch_size
 
+    @property
+    def decay_start(self):
+        """The update from which the learning rate falls."""
+        plateau_end = self.max_steps - round(self.decay_fraction * self.max_steps)
+        return max(self.warmup_steps, plateau_end if self.schedule == "wsd" else 0)
+
 
 def get_lr(step, config):
-    """Learning rate of update `step`: linear warmup, then cosine decay (Brown et al. 2020)."""
+    """Learning rate of update `step`: linear warmup to max_lr, then a decay to min_lr."""
     # 1) linear warmup. + 1, because a first update of lr 0 would move nothing
     if step < config.warmup_steps:
         return config.max_lr * (step + 1) / config.warmup_steps
     # 2) after max_steps, the smallest learning rate
     if step >= config.max_steps:
         return config.min_lr
-    # 3) in between, cosine decay from max_lr down to min_lr
-    progress = (step - config.warmup_steps) / (config.max_steps - config.warmup_steps)
-    coeff = 0.5 * (1 + math.cos(math.pi * progress))  # from 1 to 0
+    # 3) between warmup and decay, if there is a plateau (Hu et al. 2024)
+    if step < config.decay_start:
+        return config.max_lr
+    # 4) the decay: half a cosine (Brown et al. 2020), or a straight line
+    progress = (step - config.decay_start) / (config.max_steps - config.decay_start)
+    coeff = 1 - progress  # from 1 to 0
+    if config.schedule == "cosine":
+        coeff = 0.5 * (1 + math.cos(math.pi * progress))
     return config.min_lr + coeff * (config.max_lr - config.min_lr)
 
 
@@ -568,7 +572,7 @@ def evaluate(run, step, result, signals):
     with or without them. Returns whether a signal stopped any rank. The resumed run then repeats
     the evaluation.
     """
-    config, ranks, tokenizer = run.config, run.ranks, run.tokenizer
+    config, ranks = run.config, run.ranks
     val_due = due(config.eval_every, step, config)
     benchmarks_due = [each for each in run.benchmarks if due(each.every, step, config)]
     samples_due = due(config.sample_every, step, config)
@@ -590,11 +594,7 @@ def evaluate(run, step, result, signals):
             ranks.print0(line)
             run.log(step, **values)
         if samples_due and ranks.master_process:
-            prompt = tokenizer.encode(config.sample_prompt)
-            rows = generate(model, prompt, tokenizer.eot, tokenizer.vocab_size, num_samples=4,
-                            max_new_tokens=64, top_k=50)
-            for i, row in enumerate(rows):
-                print(f"[Sample {i + 1}] {config.sample_prompt}{tokenizer.decode(row)}")
+            report.samples(model, run.tokenizer, config.sample_prompt)
     return distributed.on_any_rank(signals.stop, ranks.device)
 
 

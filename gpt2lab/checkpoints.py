@@ -30,7 +30,8 @@ from gpt2lab.tokenizer import Tokenizer
 CHECKPOINT_NAME = re.compile(r"model_(\d+)\.pt")
 # the options of a run on which its losses depend, so that a resumed run must have the same
 RESUME_KEYS = ("total_batch_size", "T", "seed", "shuffle", "max_steps", "max_lr", "min_lr",
-               "warmup_steps", "optimizer", "weight_decay", "beta2", "grad_clip")
+               "warmup_steps", "schedule", "decay_start", "optimizer", "weight_decay", "beta2",
+               "grad_clip")
 
 
 # -----------------------------------------------------------------------------
@@ -362,7 +363,13 @@ def check_recipe(checkpoint: dict, model_config: dict, recipe: dict, anyway: boo
     only a different model is an error.
     """
     model_differences = list_differences(checkpoint["model_config"], model_config)
-    differences = list_differences(checkpoint["recipe"], recipe)
+    saved = checkpoint["recipe"]  # checkpoints of earlier versions know no other schedule
+    saved = {"schedule": "cosine", "decay_start": saved["warmup_steps"]} | saved
+    if (saved["schedule"] == recipe["schedule"] == "wsd"
+            and checkpoint["step"] <= min(saved["decay_start"], recipe["decay_start"])):
+        # up to here both plans are the same
+        saved |= {name: recipe[name] for name in ("max_steps", "decay_start")}
+    differences = list_differences(saved, recipe)
     if model_differences:
         listed = "; ".join(model_differences + differences)
         raise UserError(f"the checkpoint is of another model ({listed}): give the flags it was "

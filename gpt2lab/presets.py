@@ -9,20 +9,35 @@ import math
 
 import torch
 
-from gpt2lab.cli import UserError, add_options, env_int, env_rank, make_parser
+from gpt2lab.benchmarks import expand_names
+from gpt2lab.cli import (
+    UserError,
+    add_options,
+    check_ranges,
+    env_int,
+    env_rank,
+    make_parser,
+    split_list,
+)
 from gpt2lab.device import pick_device
 from gpt2lab.tokenizer import GPT2_VOCAB_SIZE
 
 DEMO_DATA, DEMO_TOKENIZER = "demo_data", "bpe:1536"
 RUN_PRESETS: dict[str, dict] = {
     # two to three minutes on two CPU cores. In so short a time, many small updates of a shallow
-    # model learn more than few updates of a deep one. With AdamW, max_lr 3e-3 is best
+    # model learn more than few updates of a deep one
     "demo": dict(
         data_dir=DEMO_DATA, n_layer=2, n_head=4, n_embd=128, block_size=64, B=8, T=64,
-        total_batch_size=512, max_steps=2_600, optimizer="muon", max_lr=8e-3, min_lr=1.6e-4,
+        total_batch_size=512, max_steps=2_600, optimizer="muon", schedule="linear", min_lr=0.0,
         warmup_steps=80, eval_every=1_300, val_tokens=10_000_000, hellaswag_every=0,
         sample_every=0, sample_prompt="", save_every=1_300, print_every=100, device="cpu",
         dtype="float32"),
+}
+# values of a run preset that suit one optimizer, measured in dev/experiments.md
+OPTIMIZER_PRESETS: dict[tuple[str, str], dict] = {
+    ("demo", "muon"): dict(max_lr=1.2e-2, beta2=0.99),
+    ("demo", "adamw"): dict(max_lr=4e-3, beta2=0.99),
+    ("demo", "adamw8bit"): dict(max_lr=4e-3, beta2=0.99),
 }
 GIB = 2**30
 
@@ -85,6 +100,8 @@ def parse_command_line(config_class: type, docstring: str, argv: list[str] | Non
     add_options(parser, config_class)
     preset = parser.parse_known_args(argv)[0].preset
     parser.set_defaults(**preset_flags(preset))
+    optimizer = parser.parse_known_args(argv)[0].optimizer  # the preset's, unless a flag names one
+    parser.set_defaults(**OPTIMIZER_PRESETS.get((preset, optimizer), {}))
     args = vars(parser.parse_args(argv))
     del args["preset"]
     if preset and preset not in RUN_PRESETS:
@@ -135,6 +152,15 @@ def fit_B(B: int, T: int, total_batch_size: int) -> int:
         print(f"B {B} does not divide the {sequences} sequences of an update on each process: "
               f"B {fitting} instead")
     return fitting
+
+
+def check_options(config) -> None:
+    """Raise UserError for values of a TrainConfig that cannot work on any machine."""
+    check_ranges(config)
+    expand_names(split_list(config.eval_tasks))  # raises for an unknown name
+    if config.T > config.block_size:
+        raise UserError(f"--T {config.T} is longer than block_size {config.block_size}: "
+                        "lower --T or raise --block_size")
 
 
 def check_init_from(config, model_config, vocab_size: int) -> None:

@@ -10,7 +10,9 @@ from gpt2lab.checkpoints import find_checkpoint
 from gpt2lab.cli import UserError, env_rank, first_line, is_out_of_memory
 from gpt2lab.device import format_mfu
 from gpt2lab.distributed import Ranks, on_master
+from gpt2lab.generate import generate
 from gpt2lab.runlog import open_logger
+from gpt2lab.tokenizer import Tokenizer
 
 
 def open_log(config, ranks: Ranks, start_step: int, resumed_from: str | None) -> Callable:
@@ -41,6 +43,14 @@ def saying_what_saves_memory() -> Iterator[None]:
             f"not enough memory ({first_line(error):.150}): lower --B, add --grad_checkpoint, or "
             "--fsdp with several processes, or choose a smaller model; --check estimates what a "
             "run needs") from error
+
+
+def samples(model, tokenizer: Tokenizer, prompt: str) -> None:
+    """Print four texts with which a GPT continues a prompt."""
+    rows = generate(model, tokenizer.encode(prompt), tokenizer.eot, tokenizer.vocab_size,
+                    num_samples=4, max_new_tokens=64, top_k=50)
+    for i, row in enumerate(rows):
+        print(f"[Sample {i + 1}] {prompt}{tokenizer.decode(row)}")
 
 
 def val_loss(run, step: int, loss: float) -> float | None:

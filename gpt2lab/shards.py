@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -164,13 +165,51 @@ def open_split(data_dir: str | Path, split: str) -> list[tuple[Path, np.memmap]]
 
 
 @lru_cache(maxsize=4)  # around the end of an epoch: two shards, and two orders of the shards
-def permutation(seed: int, epoch: int, shard: int, n: int) -> np.ndarray:
+def permutation(seed: int | None, epoch: int, shard: int, n: int) -> np.ndarray:
     """
     The numbers below n in a random order that belongs to (seed, epoch, shard), uint32. It is the
-    order of the n sequences in a shard, or of the n shards themselves for shard -1.
+    order of the n sequences in a shard, or of the n shards themselves for shard -1. Without a seed,
+    the numbers are in their natural order.
     """
+    if seed is None:
+        return np.arange(n, dtype=np.uint32)
     rng = np.random.default_rng([seed, epoch, shard + 1])
     return rng.permutation(np.arange(n, dtype=np.uint32))
+
+
+@lru_cache(maxsize=2)
+def first_cut(seed: int | None, epoch: int, T: int) -> int:
+    """
+    Where the first sequence of T tokens begins in each shard: 0 in the first epoch and without a
+    seed, and in each later epoch a random number below T that belongs to (seed, epoch). A model
+    that reads a small text many times then learns each token after contexts of many lengths.
+    """
+    if seed is None or epoch == 0:
+        return 0
+    return int(np.random.default_rng([seed, epoch]).integers(T))
+
+
+class Location(NamedTuple):
+    """
+    Where the tokens of a shard lie in its file. The loader keeps this instead of a memory map,
+    because every page of a map that was once read would count as our memory.
+    """
+
+    path: Path
+    dtype: np.dtype
+    offset: int  # of the first token, in bytes
+    num_tokens: int
+
+
+def read_tokens(shard: Location, start: int, count: int, vocab_size: int) -> np.ndarray:
+    """
+    `count` token ids of a shard from number `start` on, 1-D uint16 or uint32. Raises UserError for
+    one outside the vocabulary.
+    """
+    offset = shard.offset + start * shard.dtype.itemsize
+    tokens = np.fromfile(shard.path, shard.dtype, count, offset=offset)
+    check_ids(tokens, vocab_size, shard.path)
+    return tokens
 
 
 def check_ids(tokens: np.ndarray, vocab_size: int, path: Path) -> None:

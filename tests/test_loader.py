@@ -1,11 +1,13 @@
 """The data loader: a batch is a pure function of the step, for every number of processes."""
 
+import itertools
 import json
 
 import numpy as np
 import pytest
 import torch
 
+from gpt2lab import shards
 from gpt2lab.cli import UserError
 from gpt2lab.tokenizer import GPT2_VOCAB_SIZE
 from train_gpt2 import DataLoaderLite
@@ -50,12 +52,26 @@ def test_without_shuffle_sequences_come_in_the_order_of_the_file(shard_dir):
 
 def test_every_epoch_sees_every_sequence_once_in_its_own_order(shard_dir):
     loader = DataLoaderLite(shard_dir, "train", 37, T)
-    epochs = [loader.batch(step)[0][:, 0].tolist() for step in range(3)]
-    assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(epochs[2])
-    assert len(set(epochs[0])) == 37 == loader.num_sequences
-    assert epochs[0] != epochs[1] != epochs[2]
+    assert loader.num_sequences == 37
+    orders, cuts = [], []  # of each epoch: the sequences' numbers in their order, the first cut
+    for epoch in range(5):
+        starts = loader.batch(epoch)[0][:, 0].tolist()
+        cut = shards.first_cut(1337, epoch, T)
+        # which sequence it is: the last of a shard may begin before its place in the row of cuts
+        last = {1: 83 - T - 1, 3: 58 - T - 1, 4: 161 - T - 1}
+        order = []
+        for start in starts:
+            shard, position = divmod(start, 1000)
+            order.append((shard, -(-(position - cut) // T)))
+            assert position in (cut + T * order[-1][1], last[shard])
+        assert sorted(order) == [(shard, i) for shard, n in ((1, 10), (3, 7), (4, 20))
+                                 for i in range(n)]
+        orders.append(order)
+        cuts.append(cut)
+    assert cuts[0] == 0 and len(set(cuts)) > 2
+    assert all(a != b for a, b in itertools.pairwise(orders))
     other = DataLoaderLite(shard_dir, "train", 37, T, seed=1)
-    assert other.batch(0)[0][:, 0].tolist() != epochs[0]
+    assert other.batch(0)[0][:, 0].tolist() != loader.batch(0)[0][:, 0].tolist()
 
 
 @pytest.mark.parametrize("shuffle", [True, False])

@@ -131,6 +131,36 @@ def test_resume_with_other_settings_is_refused(data_dir, log_dir, tmp_path, text
     assert train(replace(longer, resume_anyway=True))["step"] == 8
 
 
+def test_a_wsd_run_can_be_prolonged_until_its_decay(data_dir, tmp_path):
+    """Guards against a longer run whose updates differ from those of one planned so at first."""
+    short = tiny_config(data_dir, tmp_path / "short", schedule="wsd", decay_fraction=0.5,
+                        max_steps=8, save_every=2, keep_last=0)
+    train(short)
+    planned = replace(short, log_dir=str(tmp_path / "planned"), max_steps=12, decay_fraction=0.25)
+    train(planned)
+    at_decay, in_decay = (str(tmp_path / f"short/model_{step:05d}.pt") for step in (4, 6))
+    longer = replace(planned, log_dir=str(tmp_path / "longer"), resume=at_decay)
+    train(longer)
+    expect_same_state(find_checkpoint(planned.log_dir), find_checkpoint(longer.log_dir))
+    losses = read_log(planned.log_dir, "train"), read_log(longer.log_dir, "train")
+    assert {step: losses[0][step] for step in range(4, 12)} == losses[1]
+    with pytest.raises(UserError, match="max_steps 8, not 12; decay_start 4, not 9"):
+        train(replace(longer, log_dir=str(tmp_path / "late"), resume=in_decay))
+    with pytest.raises(UserError, match="schedule wsd, not linear"):
+        train(replace(longer, log_dir=str(tmp_path / "late"), schedule="linear"))
+
+
+def test_checkpoints_of_earlier_versions_have_a_cosine_schedule(data_dir, log_dir, tmp_path):
+    path = find_checkpoint(log_dir)
+    checkpoint = torch.load(path, weights_only=True)
+    for name in ("schedule", "decay_start"):
+        del checkpoint["recipe"][name]
+    torch.save(checkpoint, path)
+    assert train(tiny_config(data_dir, log_dir, resume="newest"))["step"] == 6
+    with pytest.raises(UserError, match="schedule cosine, not linear"):
+        train(tiny_config(data_dir, log_dir, resume="newest", schedule="linear"))
+
+
 def test_resume_accepts_data_that_was_moved(data_dir, log_dir, tmp_path):
     moved = tmp_path / "elsewhere"
     moved.symlink_to(data_dir)

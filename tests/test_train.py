@@ -32,6 +32,23 @@ def test_learning_rate_without_warmup_and_without_decay():
     assert get_lr(5, halfway) == pytest.approx(0.5)
 
 
+@pytest.mark.parametrize("schedule, rates", [
+    ("cosine", [0.5, 1, 1, 0.9045, 0.6545, 0.3455, 0.0955, 0, 0]),
+    ("linear", [0.5, 1, 1, 0.8, 0.6, 0.4, 0.2, 0, 0]),
+    ("wsd", [0.5, 1, 1, 1, 1, 2 / 3, 1 / 3, 0, 0])])
+def test_schedules_fall_in_their_own_ways(schedule, rates):
+    config = TrainConfig(schedule=schedule, warmup_steps=2, max_steps=7, max_lr=1.0, min_lr=0.0,
+                         decay_fraction=0.4)
+    assert [get_lr(step, config) for step in range(9)] == pytest.approx(rates, abs=1e-4)
+
+
+@pytest.mark.parametrize("decay_fraction, start", [(0, 7), (1, 2), (0.9, 2), (0.5, 3)])
+def test_the_decay_never_begins_before_the_warmup_ends(decay_fraction, start):
+    config = TrainConfig(schedule="wsd", warmup_steps=2, max_steps=7, decay_fraction=decay_fraction)
+    assert config.decay_start == start
+    assert get_lr(start - 1, config) == config.max_lr and get_lr(7, config) == config.min_lr
+
+
 def test_defaults_are_the_124m_recipe():
     preset, config = parse_train_flags()
     assert preset is None
@@ -46,7 +63,18 @@ def test_explicit_flags_win_over_the_preset():
     preset, config = parse_train_flags("--max_steps", "7", "--preset", "demo", "--compile")
     assert preset == "demo"
     assert config.max_steps == 7 and config.compile is True
-    assert config == replace(TrainConfig(**presets.RUN_PRESETS["demo"]), max_steps=7, compile=True)
+    demo = presets.RUN_PRESETS["demo"] | presets.OPTIMIZER_PRESETS["demo", "muon"]
+    assert config == replace(TrainConfig(**demo), max_steps=7, compile=True)
+
+
+def test_the_demo_with_another_optimizer_has_learning_rates_of_its_own():
+    """Guards against AdamW that trains with Muon's learning rate, and a flag that is overruled."""
+    _, muon = parse_train_flags("--preset", "demo")
+    _, adamw = parse_train_flags("--preset", "demo", "--optimizer", "adamw")
+    _, slow = parse_train_flags("--optimizer", "adamw", "--max_lr", "1e-3", "--preset", "demo")
+    assert muon.optimizer == "muon" and adamw.optimizer == slow.optimizer == "adamw"
+    assert muon.max_lr > adamw.max_lr > slow.max_lr == 1e-3
+    assert adamw.beta2 == slow.beta2 == presets.OPTIMIZER_PRESETS["demo", "adamw"]["beta2"]
 
 
 def test_switches_have_opposites():
