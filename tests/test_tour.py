@@ -72,7 +72,6 @@ def test_from_a_book_to_an_exported_model(run_readme, tmp_path):
     assert "5" in run_readme("python hellaswag.py --compare small.jsonl medium.jsonl")
 
     run_readme("python export_hf.py log my_gpt2")
-    run_readme("python export_hf.py log half --dtype bfloat16")
     assert run_readme("python sample.py --style creative", "--model", "my_gpt2",
                       "--max_new_tokens", 5, *cpu)
     assert "/5=" in run_readme("python hellaswag.py", "--lm_eval_style", "--model", "my_gpt2",
