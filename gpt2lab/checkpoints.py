@@ -364,7 +364,7 @@ def check_recipe(checkpoint: dict, model_config: dict, recipe: dict, anyway: boo
     """
     model_differences = list_differences(checkpoint["model_config"], model_config)
     saved = checkpoint["recipe"]  # checkpoints of earlier versions know no other schedule
-    saved = {"schedule": "cosine", "decay_start": saved["warmup_steps"]} | saved
+    saved = {"schedule": "cosine", "decay_start": saved.get("warmup_steps")} | saved
     if (saved["schedule"] == recipe["schedule"] == "wsd"
             and checkpoint["step"] <= min(saved["decay_start"], recipe["decay_start"])):
         # up to here both plans are the same
