@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from gpt2lab import benchmarks, core, harness, kernels
 from gpt2lab.benchmarks import Benchmark, Metric
-from gpt2lab.checkpoints import default_source, list_model_files
+from gpt2lab.checkpoints import EMA_HELP, default_source, list_model_files
 from gpt2lab.cli import UserError, check_positive, make_parser, run_main, split_list
 from gpt2lab.device import autocast
 from gpt2lab.distributed import Ranks, init_distributed, on_master
@@ -412,7 +412,7 @@ def score_model(args: argparse.Namespace, ranks: Ranks) -> None:
     if args.out is not None:
         inputs = [*list_model_files(source), *(each.path for each in loaded), *lm_eval_names]
         out = on_master(ranks, lambda: check_output(args.out, inputs))
-    model, tokenizer = load(source)
+    model, tokenizer = load(source, ema=args.ema)
     if not all(p.isfinite().all() for p in model.parameters()):
         raise UserError(f"{source} has weights that are NaN or infinite: name another model")
     kernels.optimize(model.to(ranks.device))
@@ -450,6 +450,7 @@ def parse_args() -> argparse.Namespace:
         "in --data)")
     add("--model", help="checkpoint, log folder, Hugging Face folder or hub name (default: "
         "GPT2_MODEL in the environment, else the newest checkpoint in log/, else gpt2)")
+    add("--ema", action="store_true", help=EMA_HELP)
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32",
         help="dtype of the matmuls (%(default)s)")

@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import torch
 
-from gpt2lab.checkpoints import load_checkpoint, resolve_checkpoint
+from gpt2lab.checkpoints import EMA_HELP, choose_weights, load_checkpoint, resolve_checkpoint
 from gpt2lab.cli import UserError, make_parser, run_main
 from gpt2lab.files import read_json, write_atomically
 from gpt2lab.gguf_file import (
@@ -70,6 +70,7 @@ class Model(NamedTuple):
     path: Path | None = None
     checkpoint: dict | None = None
     license: str | None = None  # as the card of a Hugging Face model names it
+    ema: bool = False  # whether `weights` are the average that --ema of train_gpt2.py keeps
 
     @property
     def run(self):
@@ -77,19 +78,19 @@ class Model(NamedTuple):
         return (self.checkpoint or {}).get("config") or {}
 
 
-def read_model(source):
+def read_model(source, ema=False):
     """The Model of a checkpoint, log folder, Hugging Face folder or hub name. Raises UserError."""
     path = resolve_checkpoint(source)
     if path is None:
-        gpt, tokenizer = load(source)
+        gpt, tokenizer = load(source, ema=ema)
         return Model(str(source), gpt.state_dict(), vars(gpt.config), tokenizer,
                      license=read_license(source))
-    checkpoint = load_checkpoint(path)
+    checkpoint = choose_weights(load_checkpoint(path), source, ema)
     if "note" in checkpoint:
         print(checkpoint["note"], file=sys.stderr)
     tokenizer = Tokenizer(**checkpoint["tokenizer"])
     return Model(str(source), checkpoint["model"], checkpoint["model_config"], tokenizer, path,
-                 checkpoint)
+                 checkpoint, ema=ema)
 
 
 def read_license(source):
@@ -256,20 +257,21 @@ def hub_datasets(meta):
     return source_names(meta) if on_hub else []
 
 
-def loss_rows(log_dir, step):
+def loss_rows(model):
     """
-    Rows of the card's table of losses: the last value of each measure that log.txt has up to a
-    step. [] if the folder has no log.
+    Rows of the card's table of losses: the last value of each measure that log.txt has up to the
+    step of a Model. [] if the checkpoint's folder has no log.
     """
     try:
-        log = read_log(log_dir)
+        log, step = read_log(model.path.parent), model.checkpoint["step"]
     except UserError:
         return []  # the checkpoint was moved away from its log
-    rows = []
-    for stream, measure in (("train", "training loss (nats a token)"),
-                            ("val", "validation loss (nats a token)"),
-                            ("bits_per_byte", "validation loss (bits per byte)"),
-                            ("hella", "HellaSwag accuracy (length-normalised)")):
+    rows, streams = [], {"val": "validation loss (nats a token)",
+                         "bits_per_byte": "validation loss (bits per byte)",
+                         "hella": "HellaSwag accuracy (length-normalised)"}
+    if model.ema:  # the other measures are those of the weights themselves
+        streams = {"val_ema": "validation loss (nats a token)"}
+    for stream, measure in {"train": "training loss (nats a token)", **streams}.items():
         steps, values = log.get(stream, ((), ()))
         known = [(at, value) for at, value in zip(steps, values, strict=True) if at <= step]
         if known:
@@ -292,7 +294,7 @@ def model_card(model, name):
     if not run:
         return "\n".join(lines)
     lines += ["## Data", "", *data_lines(read_meta(run), run["data_dir"])]
-    if losses := loss_rows(model.path.parent, model.checkpoint["step"]):
+    if losses := loss_rows(model):
         lines += ["", "## Losses", "", "| measure | value | at step |", "|---|---|---|", *losses]
     lines += ["", "## Recipe", "", "| knob | value |", "|---|---|",
               *(f"| {key} | {run[key]} |" for key in MODEL_CARD_KEYS if key in run), ""]
@@ -319,8 +321,9 @@ def origin(model):
         return f"written by gpt2-lab from `{public_name(model.source)}`"
     init_from, step = run.get("init_from"), model.checkpoint["step"]
     start = f"from `{public_name(init_from)}`" if init_from else "from scratch"
+    average = ", with the moving average of its weights" if model.ema else ""
     return (f"trained {start} by gpt2-lab: {step:,} updates, "
-            f"{step * run['total_batch_size']:,} tokens")
+            f"{step * run['total_batch_size']:,} tokens{average}")
 
 
 def read_meta(run):
@@ -394,7 +397,8 @@ def rename_folder(folder, out):
         raise UserError(f"cannot make {out} ({error.strerror}): name another folder") from error
 
 
-def export(source, out, dtype="float32", name=None, gguf=None, gguf_type="f16", modelfile=False):
+def export(source, out, dtype="float32", name=None, gguf=None, gguf_type="f16", modelfile=False,
+           ema=False):
     """
     Write the folder `out` from a source of train_gpt2.load, and return its absolute path.
 
@@ -402,6 +406,7 @@ def export(source, out, dtype="float32", name=None, gguf=None, gguf_type="f16", 
     name: the model's name in the model card and the GGUF file, by default the folder's.
     gguf, gguf_type: also write this GGUF file, in this format of gguf_file.GGUF_TYPES.
     modelfile: also write an Ollama Modelfile beside the GGUF file.
+    ema: take the moving average of the weights that a checkpoint may hold.
 
     If anything fails, nothing is left. Raises UserError.
     """
@@ -417,7 +422,7 @@ def export(source, out, dtype="float32", name=None, gguf=None, gguf_type="f16", 
             if path.parent != out:  # a file in `out` is moved with the folder
                 files.enter_context(new_file(path))
         folder = files.enter_context(new_folder(out))
-        model = read_model(source)
+        model = read_model(source, ema)
         vocabulary = gguf and read_vocabulary(
             model.tokenizer, tokenizer_json(model.tokenizer), PROBE)
         write_folder(folder, out, model, dtype, name)
@@ -483,6 +488,7 @@ def parse_args():
     parser.add_argument("source", help="a checkpoint, a log folder for its newest checkpoint, a "
                                        "Hugging Face folder or a hub name")
     parser.add_argument("out", help="the folder to write")
+    parser.add_argument("--ema", action="store_true", help=EMA_HELP)
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32",
                         help="number format of the folder's weights (%(default)s)")
     parser.add_argument("--gguf", metavar="FILE.gguf",
@@ -517,7 +523,7 @@ def main():
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     gguf_type = args.gguf_type or "f16"
     out = export(args.source, args.out, args.dtype, args.push_to_hub, args.gguf, gguf_type,
-                 args.modelfile)
+                 args.modelfile, args.ema)
     size = sum(path.stat().st_size for path in out.iterdir())
     print(f"{out}: {len(list(out.iterdir()))} files, {size / 1e6:.1f} MB")
     if args.gguf:

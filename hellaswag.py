@@ -24,7 +24,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from gpt2lab import kernels
-from gpt2lab.checkpoints import default_source, list_model_files
+from gpt2lab.checkpoints import EMA_HELP, default_source, list_model_files
 from gpt2lab.cli import UserError, check_positive, make_parser, run_main
 from gpt2lab.distributed import Ranks, init_distributed, on_master
 from gpt2lab.downloads import download_on_each_node
@@ -137,7 +137,7 @@ def score_model(args: argparse.Namespace, ranks: Ranks) -> None:
         inputs = [*list_model_files(source), *([] if args.data is None else [args.data])]
         out = on_master(ranks, lambda: check_output(args.out, inputs))
     examples = load_examples(args, ranks)
-    model, tokenizer = load(source, ranks.device)
+    model, tokenizer = load(source, ranks.device, args.ema)
     kernels.optimize(model)
     prepared = prepare(
         model, tokenizer, examples, ranks, args.lm_eval_style, args.batch_tokens)
@@ -179,6 +179,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--model", help="checkpoint, log folder, Hugging Face folder or hub name "
                         "(default: GPT2_MODEL in the environment, else the newest checkpoint in "
                         "log/, else gpt2)")
+    parser.add_argument("--ema", action="store_true", help=EMA_HELP)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument("--split", choices=tuple(OFFICIAL_FILES), default="val",
                         help="which official file to score; test has no labels, so use it with "

@@ -25,9 +25,9 @@ REFERENCES = {"val": [(3.2924, "OpenAI GPT-2 124M")],
               "hella": [(0.2955, "OpenAI GPT-2 124M"), (0.337, "GPT-3 124M")]}
 
 
-# what else log.txt can hold is the accuracy of a task of --eval_tasks, except for wikitext, whose
-# bits per byte have another scale
-STREAMS = {"train", "val", "hella", "lr", "norm", "wikitext"}
+# what else log.txt can hold is the accuracy of a task of --eval_tasks. bits_per_byte and wikitext
+# are not drawn, because their scale is another one
+STREAMS = {"train", "val", "val_ema", "bits_per_byte", "hella", "lr", "norm", "wikitext"}
 
 
 def is_fineweb_edu(run):
@@ -139,12 +139,14 @@ def draw_loss(axes, log, scale, style):
     axes.plot(x, values, color=style["color"], alpha=0.15)
     axes.plot(x, smooth(values), line_or_dot(steps),
               **style | {"label": f"{style['label']}: train, smoothed"})
-    val_steps, val_values = log.get("val", ((), ()))
-    if val_steps:
-        axes.plot(np.multiply(val_steps, scale), val_values, "o--", markersize=4,
-                  color=style["color"],
-                  label=f"{style['label']}: val, {val_values[-1]:.4f} at the end")
-    losses = [value for value in (*values, *val_values) if math.isfinite(value)]
+    losses = [value for value in values if math.isfinite(value)]
+    for stream, marker, name in (("val", "o--", "val"), ("val_ema", "x:", "val, averaged weights")):
+        val_steps, val_values = log.get(stream, ((), ()))
+        if val_steps:
+            axes.plot(np.multiply(val_steps, scale), val_values, marker, markersize=4,
+                      color=style["color"],
+                      label=f"{style['label']}: {name}, {val_values[-1]:.4f} at the end")
+        losses += [value for value in val_values if math.isfinite(value)]
     if losses:  # the first steps have such high losses that they would flatten the rest: cut them
         axes.set_ylim(top=max(axes.get_ylim()[0], 2.2 * min(losses)))
 

@@ -19,7 +19,7 @@ import time
 import torch
 
 from gpt2lab import kernels
-from gpt2lab.checkpoints import default_source, list_model_files
+from gpt2lab.checkpoints import EMA_HELP, default_source, list_model_files
 from gpt2lab.cli import UserError, make_parser, run_main
 from gpt2lab.device import limit_threads, pick_device
 from gpt2lab.files import check_output, write_output
@@ -264,6 +264,7 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("--model", help="checkpoint, log folder, Hugging Face folder or hub name (default: "
         "GPT2_MODEL in the environment, else the newest checkpoint in log/, else gpt2)")
+    add("--ema", action="store_true", help=EMA_HELP)
     add("--prompt", help="text to continue; - reads it from standard input; an empty text starts "
         f"from end-of-text (default: {DEFAULT_PROMPT})")
     add("--prompt_file", help="UTF-8 file with the text to continue")
@@ -377,7 +378,7 @@ def load_for_sampling(args: argparse.Namespace) -> tuple[GPT, Tokenizer]:
         raise UserError("--compile needs CUDA and does not go with --safe: leave --compile out")
     torch.backends.mkldnn.enabled = not args.safe  # because oneDNN generates code at run time
     torch.set_float32_matmul_precision(args.matmul_precision)
-    model, tokenizer = load(choose_model(args))
+    model, tokenizer = load(choose_model(args), ema=args.ema)
     # from the CPU, so that float32 weights need no room on the device
     model = model.to(device=device, dtype=getattr(torch, args.dtype))
     kernels.optimize(model)

@@ -10,6 +10,7 @@ A run is (model, optimizer, step). The learning rate, the batch and everything e
 the step, so that a run continues from a checkpoint exactly where it was.
 """
 
+import copy
 import itertools
 import math
 import sys
@@ -225,9 +226,7 @@ class GPT(nn.Module):
         groups = [{"params": decayed, "weight_decay": weight_decay},
                   {"params": others, "weight_decay": 0.0}]
         if verbose:
-            for label, tensors in (("decayed", decayed), ("non-decayed", others)):
-                print(f"num {label} parameter tensors: {len(tensors)}, "
-                      f"with {sum(p.numel() for p in tensors):,} parameters")
+            optim.print_groups(decayed, others)
         options = dict(lr=learning_rate, betas=betas, eps=1e-8)
         device = decayed[0].device
         if name == "adamw8bit" and (AdamW8bit := optim.find_adamw8bit(device, verbose)):
@@ -241,19 +240,14 @@ class GPT(nn.Module):
         return torch.optim.AdamW(groups, **options)
 
     @classmethod
-    def from_pretrained(cls, source):
+    def from_pretrained(cls, source, ema=False):
         """
         A trained GPT from a checkpoint, a log folder (its newest checkpoint), a Hugging Face folder
-        or a hub name (gpt2, ...). Raises UserError for anything else, or another architecture.
+        or a hub name (gpt2, ...). `ema` asks for the average of the weights that a checkpoint may
+        hold. Raises UserError for anything else, or another architecture.
         """
-        path = checkpoints.resolve_checkpoint(source)
-        if path is None:
-            model = cls.empty(GPTConfig(**pretrained.read_model_config(source)))
-            pretrained.copy_weights(model, source)
-        else:
-            checkpoint = checkpoints.load_checkpoint(path)
-            model = cls.empty(GPTConfig(**checkpoint["model_config"]))
-            checkpoints.copy_weights(model, checkpoint)
+        model = cls.empty(GPTConfig(**checkpoints.read_model_config(source)))
+        checkpoints.load_weights(model, source, ema)
         return model
 
     @classmethod
@@ -263,9 +257,9 @@ class GPT(nn.Module):
             return cls(config)
 
 
-def load(source, device="cpu"):
+def load(source, device="cpu", ema=False):
     """(GPT, Tokenizer) from a source of GPT.from_pretrained. UserError if they do not fit."""
-    tokenizer, model = checkpoints.load_tokenizer(source), GPT.from_pretrained(source)
+    tokenizer, model = checkpoints.load_tokenizer(source), GPT.from_pretrained(source, ema)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise UserError(f"{source} knows {model.config.vocab_size} tokens, but its tokenizer has "
                         f"{tokenizer.vocab_size}: put the model's own tokenizer.json beside it")
@@ -373,6 +367,7 @@ class TrainConfig:
     weight_decay: float = option(0.1, "on matrices and embeddings")
     beta2: float = option(0.95, "AdamW's second moment decay", highest=0.999999)
     grad_clip: float = option(1.0, "largest gradient norm; 0 does not clip")
+    ema: float = option(0.0, "decay of a moving average of the weights; 0: none", highest=0.999999)
     max_bad_steps: int = option(5, "updates in a row without a finite loss that end the run")
     # evaluation
     eval_every: int = option(250, "updates between validation losses; 0: only at the end")
@@ -450,16 +445,21 @@ class Run:
 
     config: TrainConfig
     ranks: distributed.Ranks  # this process among all of the run, and its device
-    dtype: torch.dtype  # of autocast
     tokenizer: object  # the gpt2lab.tokenizer.Tokenizer of the data
     train_loader: DataLoaderLite
     val_loader: DataLoaderLite
     benchmarks: list[benchmarks.Scheduled]  # HellaSwag and those of --eval_tasks
     raw_model: GPT  # owns the weights: it is saved, evaluated and sampled
+    average: GPT | None  # its weights are the moving average of raw_model's, with --ema
     model: nn.Module  # raw_model, compiled and in DDP: only for the training step's fixed shapes
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler  # of float16, disabled otherwise
     log: Callable  # log(step, name=value, ...) appends to log.txt, on the master
+
+    @property
+    def dtype(self):
+        """The dtype of autocast."""
+        return pick_dtype(self.config.dtype, self.ranks.device)
 
 
 def build_model(config, vocab_size):
@@ -477,11 +477,7 @@ def open_data(config, ranks, grad_accum_steps):
         config.data_dir, "train", config.B, config.T, ranks.ddp_rank, ranks.ddp_world_size,
         config.seed, config.shuffle, grad_accum_steps)
     val_loader = DataLoaderLite(config.data_dir, "val", config.B, config.T, shuffle=False)
-    ranks.print0(f"found {len(train_loader.shards)} shards for split train")
-    ranks.print0(f"found {len(val_loader.shards)} shards for split val")
-    all_tokens = val_loader.num_sequences * config.T
-    if all_tokens <= config.num_val_tokens:
-        ranks.print0(f"the val split is small: all of its {all_tokens:,} tokens are evaluated")
+    report.found_data(train_loader, val_loader, config, ranks)
     return train_loader, val_loader
 
 
@@ -496,24 +492,23 @@ def setup(config):
     set_seed(config.seed, config.deterministic)  # the same initial weights on every rank
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32
-    ranks.print0(f"using device: {device}")
-    ranks.print0(f"total desired batch size: {config.total_batch_size}")
-    ranks.print0(f"=> calculated gradient accumulation steps: {grad_accum_steps}")
+    report.batch_size(config, ranks, grad_accum_steps)
     train_loader, val_loader = open_data(config, ranks, grad_accum_steps)
     tokenizer = shards.load_data_tokenizer(config.data_dir)
 
     raw_model = build_model(config, tokenizer.vocab_size).to(device)  # owns the weights
     kernels.optimize(raw_model)  # the same results, faster and in less memory
     raw_model.grad_checkpoint = config.grad_checkpoint
-    if config.fsdp:
-        parallel.apply_fsdp(raw_model, ranks, dtype)  # before the optimizer, which holds shards
+    average = copy.deepcopy(raw_model) if config.ema else None
+    if config.fsdp:  # before the optimizer, which holds shards
+        parallel.apply_fsdp([raw_model, average] if average else [raw_model], ranks, dtype)
     optimizer = raw_model.configure_optimizers(
         config.weight_decay, config.max_lr, (0.9, config.beta2), config.optimizer,
         verbose=ranks.master_process)
     # float16 gradients underflow unless the loss is scaled up. A disabled scaler does nothing
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     start_step, resumed_from = checkpoints.resume(
-        config, ranks, raw_model, optimizer, scaler, train_loader.fingerprint)
+        config, ranks, raw_model, optimizer, scaler, train_loader.fingerprint, average)
     # the log folder comes before the slow steps (compiling, downloading): if a rank dies in one of
     # those, the restart must not find an older run's checkpoints
     log = report.open_log(config, ranks, start_step, resumed_from)
@@ -522,9 +517,9 @@ def setup(config):
         model = parallel.compile_or_fall_back(
             model, raw_model, train_loader.batch(start_step), config, ranks, dtype)
     scheduled = benchmarks.schedule(raw_model, tokenizer, config, ranks)
-    run = Run(config=config, ranks=ranks, dtype=dtype, tokenizer=tokenizer,
-              train_loader=train_loader, val_loader=val_loader, benchmarks=scheduled,
-              raw_model=raw_model, model=model, optimizer=optimizer, scaler=scaler, log=log)
+    run = Run(config=config, ranks=ranks, tokenizer=tokenizer, train_loader=train_loader,
+              val_loader=val_loader, benchmarks=scheduled, raw_model=raw_model, average=average,
+              model=model, optimizer=optimizer, scaler=scaler, log=log)
     return run, start_step, resumed_from
 
 
@@ -573,19 +568,21 @@ def evaluate(run, step, result, signals):
     the evaluation.
     """
     config, ranks = run.config, run.ranks
-    val_due = due(config.eval_every, step, config)
-    benchmarks_due = [each for each in run.benchmarks if due(each.every, step, config)]
-    samples_due = due(config.sample_every, step, config)
-    if not (val_due or benchmarks_due or samples_due):
-        return False
-    with parallel.evaluation_model(run.raw_model, ranks.device) as model:
-        if val_due:
-            val_loss = evaluate_loss(model, run.val_loader, config.num_val_tokens, ranks, run.dtype,
+    if due(config.eval_every, step, config):
+        for stream, weights in (("val", run.raw_model), ("val_ema", run.average)):
+            if weights is None:
+                continue
+            with parallel.evaluation_model(weights, ranks.device) as model:
+                loss = evaluate_loss(model, run.val_loader, config.num_val_tokens, ranks, run.dtype,
                                      lambda: signals.stop)
             if distributed.on_any_rank(signals.stop, ranks.device):
                 return True
-            result["val_loss"] = val_loss  # nats a token
-            result["bits_per_byte"] = report.val_loss(run, step, val_loss)
+            result.update(report.val_loss(run, step, loss, stream))
+    benchmarks_due = [each for each in run.benchmarks if due(each.every, step, config)]
+    samples_due = due(config.sample_every, step, config)
+    if not (benchmarks_due or samples_due):
+        return False
+    with parallel.evaluation_model(run.raw_model, ranks.device) as model:
         for benchmark in benchmarks_due:
             with autocast(ranks.device, run.dtype):
                 line, values = benchmark.score(model, lambda: signals.stop)
@@ -634,6 +631,8 @@ def training_step(run, step, batches, signals):
         param_group["lr"] = get_lr(step, config)
     numbers = distributed.add_over_ranks([loss_accum, norm, signals.stop, signals.save], device)
     optim.step_if(numbers.isfinite().all(), run.optimizer, scaler)
+    if run.average:
+        optim.update_average(run.average, run.raw_model, config.ema, step)
     scaler.update()
     run.optimizer.zero_grad(set_to_none=not cuda_graphs)
     # wait for the device, once an update, when it has been given all of its work
@@ -646,14 +645,15 @@ def training_step(run, step, batches, signals):
 @lock.unlocks_log_dir
 def train(config):
     """
-    Train a GPT. Returns {"step", "train_loss", "val_loss" (both in nats a token), "bits_per_byte"
-    (None where the shards do not tell their bytes), "seconds", "checkpoint" (None if the last one
-    could not be written), "stopped" (by a signal)}. Raises UserError, or OSError.
+    Train a GPT. Returns {"step", "train_loss", "val_loss", "val_ema" (of the averaged weights; all
+    three in nats a token), "bits_per_byte" (None where the shards do not tell their bytes),
+    "seconds", "checkpoint" (None if the last one could not be written), "stopped" (by a signal)}.
+    Raises UserError, or OSError.
     """
     run, start_step, resumed_from = setup(config)
     device = run.ranks.device
     batches = prefetch(run.train_loader.batches(start_step), device)
-    result = dict.fromkeys(("train_loss", "val_loss", "bits_per_byte"))
+    result = dict.fromkeys(("train_loss", "val_loss", "bits_per_byte", "val_ema"))
     result["checkpoint"] = resumed_from
     start_time, first_t0, bad_steps, stop, save_now = time.perf_counter(), None, 0, False, False
     with Signals(distributed.watch_for_lost_ranks) as signals, paused_gc():

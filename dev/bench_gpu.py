@@ -114,9 +114,9 @@ def make_run(contender, workload):
         model = parallel.compile_or_fall_back(model, raw_model, batch, config, ranks, dtype)
     compile_seconds = time.perf_counter() - start
     run = train_gpt2.Run(
-        config=config, ranks=ranks, dtype=dtype, tokenizer=None, val_loader=None,
+        config=config, ranks=ranks, tokenizer=None, val_loader=None,
         train_loader=types.SimpleNamespace(grad_accum_steps=workload.micro_steps),
-        benchmarks=[], raw_model=raw_model, model=model, optimizer=optimizer,
+        benchmarks=[], raw_model=raw_model, average=None, model=model, optimizer=optimizer,
         scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16), log=None)
     return run, compile_seconds, itertools.repeat(batch)
 

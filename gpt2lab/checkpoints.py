@@ -27,11 +27,12 @@ from gpt2lab.files import write_atomically
 from gpt2lab.lock import lock_log_dir
 from gpt2lab.tokenizer import Tokenizer
 
+EMA_HELP = "use the moving average of the weights that --ema of train_gpt2.py keeps"
 CHECKPOINT_NAME = re.compile(r"model_(\d+)\.pt")
 # the options of a run on which its losses depend, so that a resumed run must have the same
 RESUME_KEYS = ("total_batch_size", "T", "seed", "shuffle", "max_steps", "max_lr", "min_lr",
                "warmup_steps", "schedule", "decay_start", "optimizer", "weight_decay", "beta2",
-               "grad_clip")
+               "grad_clip", "ema")
 
 
 # -----------------------------------------------------------------------------
@@ -40,22 +41,27 @@ RESUME_KEYS = ("total_batch_size", "T", "seed", "shuffle", "max_steps", "max_lr"
 
 def save_checkpoint(log_dir: str | Path, step: int, raw_model: nn.Module,
                     optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
-                    extra: dict) -> Path | None:
+                    extra: dict, average: nn.Module | None = None) -> Path | None:
     """
     Write model_{step}.pt on the master, with the items of `extra` added. All ranks must call this,
-    because the parameters of a sharded model are gathered. Returns the path on the master, None on
+    because the parameters of sharded models are gathered. Returns the path on the master, None on
     the other ranks. Raises OSError if the file cannot be written; older checkpoints stay untouched.
     """
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_model_state_dict,
+        get_state_dict,
+    )
     # unsharded tensors on the CPU of rank 0, under the parameter names of raw_model without
     # "module." or "_orig_mod.": the file does not depend on the number of ranks
     options = StateDictOptions(full_state_dict=True, cpu_offload=dist.is_initialized())
     model_state, optimizer_state = get_state_dict(raw_model, optimizer, options=options)
+    ema = {} if average is None else {"ema": get_model_state_dict(average, options=options)}
     if dist.is_initialized() and dist.get_rank() > 0:
         return None
     checkpoint = {"step": step, "model": model_state, "optimizer": optimizer_state,
                   "model_config": dict(vars(raw_model.config)), "scaler": scaler.state_dict(),
-                  **extra}
+                  **ema, **extra}
     path = Path(log_dir) / f"model_{step:05d}.pt"
     try:
         write_atomically(path, lambda file: torch.save(checkpoint, file))
@@ -87,7 +93,7 @@ def save_run(run: Any, step: int) -> str | None:
              "machine": machine_settings(run.ranks, run.dtype)}
     try:
         path = save_checkpoint(
-            config.log_dir, step, run.raw_model, run.optimizer, run.scaler, extra)
+            config.log_dir, step, run.raw_model, run.optimizer, run.scaler, extra, run.average)
     except OSError as error:  # a full disk may have room again at the next checkpoint
         run.ranks.print0(f"warning: step {step} is not saved, training goes on, and older "
                          f"checkpoints stay: {error}")
@@ -226,10 +232,33 @@ def check_parts(checkpoint: dict, path: Path) -> None:
     if lacking:
         raise UserError(f"{path} is not a checkpoint of train_gpt2.py (it lacks "
                         f"{', '.join(sorted(lacking))}): name another")
-    for name, tensor in checkpoint["model"].items():
+    for name, tensor in (*checkpoint["model"].items(), *checkpoint.get("ema", {}).items()):
         if not pretrained.is_plain(tensor):
             raise UserError(f"{path} is damaged, because its {name} is not a tensor of stored "
                             "floating-point numbers: name another")
+
+
+def load_weights(model: nn.Module, source: str | Path, ema: bool = False) -> None:
+    """
+    Copy the weights of a source of GPT.from_pretrained into a GPT of the same sizes, or with `ema`
+    the average of the weights. Raises UserError if the source holds none, or is damaged.
+    """
+    path = resolve_checkpoint(source)
+    if path is not None:
+        copy_weights(model, choose_weights(load_checkpoint(path), source, ema))
+    else:
+        choose_weights({}, source, ema)
+        pretrained.copy_weights(model, source)
+
+
+def choose_weights(checkpoint: dict, source: str | Path, ema: bool) -> dict:
+    """A checkpoint, whose "model" is the average of the weights if `ema`. Raises UserError."""
+    if not ema:
+        return checkpoint
+    if "ema" not in checkpoint:
+        raise UserError(f"{source} holds no average of the weights: leave out --ema, or train with "
+                        "--ema 0.999, for example")
+    return checkpoint | {"model": checkpoint["ema"]}
 
 
 @torch.no_grad()
@@ -297,11 +326,12 @@ def newest_valid_checkpoint(log_dir: str | Path) -> tuple[Path | None, dict]:
 
 
 def resume(config: Any, ranks: Ranks, raw_model: nn.Module, optimizer: torch.optim.Optimizer,
-           scaler: torch.amp.GradScaler, data_fingerprint: str) -> tuple[int, str | None]:
+           scaler: torch.amp.GradScaler, data_fingerprint: str,
+           average: nn.Module | None = None) -> tuple[int, str | None]:
     """
-    Load the checkpoint that a TrainConfig says to resume into model, optimizer and scaler. The
-    master reads the file and sends the other ranks their part. Returns the checkpoint's step and
-    path, or (0, None) if the run starts from scratch. Raises UserError.
+    Load the checkpoint that a TrainConfig says to resume into model, optimizer, scaler and the
+    average of the weights. The master reads the file and sends the other ranks their part. Returns
+    the checkpoint's step and path, or (0, None) if the run starts from scratch. Raises UserError.
     """
     # after torchrun has restarted the processes, resume even without --resume. Each node counts its
     # own restarts, so sum the counts: if one node restarted, all ranks resume
@@ -323,7 +353,7 @@ def resume(config: Any, ranks: Ranks, raw_model: nn.Module, optimizer: torch.opt
     step, path, scaler_state = on_master(ranks, read)
     if path is None:
         return 0, None
-    load_state(raw_model, optimizer, checkpoint)
+    load_state(raw_model, optimizer, average, checkpoint)
     if scaler.is_enabled() and scaler_state:
         scaler.load_state_dict(scaler_state)
     if ranks.master_process:
@@ -363,8 +393,8 @@ def check_recipe(checkpoint: dict, model_config: dict, recipe: dict, anyway: boo
     only a different model is an error.
     """
     model_differences = list_differences(checkpoint["model_config"], model_config)
-    saved = checkpoint["recipe"]  # checkpoints of earlier versions know no other schedule
-    saved = {"schedule": "cosine", "decay_start": saved.get("warmup_steps")} | saved
+    saved = checkpoint["recipe"]  # checkpoints of earlier versions know no other values than these
+    saved = {"schedule": "cosine", "decay_start": saved.get("warmup_steps"), "ema": 0.0} | saved
     if (saved["schedule"] == recipe["schedule"] == "wsd"
             and checkpoint["step"] <= min(saved["decay_start"], recipe["decay_start"])):
         # up to here both plans are the same
@@ -387,10 +417,11 @@ def print_machine_differences(checkpoint: dict, machine: dict) -> None:
               "last digits from those of an uninterrupted run")
 
 
-def load_state(raw_model: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: dict) -> None:
+def load_state(raw_model: nn.Module, optimizer: torch.optim.Optimizer, average: nn.Module | None,
+               checkpoint: dict) -> None:
     """
-    Load a checkpoint's weights and optimizer state. The master passes the checkpoint; the other
-    ranks pass {} and receive their part from the master.
+    Load a checkpoint's weights, optimizer state and average of the weights. The master passes the
+    checkpoint; the other ranks pass {} and receive their part from the master.
     """
     from torch.distributed.checkpoint.state_dict import (
         StateDictOptions,
@@ -402,6 +433,8 @@ def load_state(raw_model: nn.Module, optimizer: torch.optim.Optimizer, checkpoin
     from_flags = [{key: group[key] for key in ("weight_decay", "betas")}
                   for group in optimizer.param_groups]
     set_model_state_dict(raw_model, weights, options=options)
+    if average is not None:  # after --resume_anyway without an average, it begins with the weights
+        set_model_state_dict(average, checkpoint.get("ema", weights), options=options)
     set_optimizer_state_dict(raw_model, optimizer, optimizer_state, options=options)
     # the checkpoint's weight_decay and betas may differ after --resume_anyway: the flags win
     for group, values in zip(optimizer.param_groups, from_flags, strict=True):

@@ -20,6 +20,13 @@ MOMENTUM = 0.9  # of Muon
 UPDATE_RMS = 0.5
 
 
+def print_groups(decayed: list[Tensor], others: list[Tensor]) -> None:
+    """Print how many parameters weight decay is for, and how many it is not for."""
+    for label, tensors in (("decayed", decayed), ("non-decayed", others)):
+        print(f"num {label} parameter tensors: {len(tensors)}, "
+              f"with {sum(p.numel() for p in tensors):,} parameters")
+
+
 def find_adamw8bit(device: torch.device, verbose: bool) -> type[torch.optim.Optimizer] | None:
     """
     bitsandbytes' AdamW8bit, or None unless it is installed and works on the devices of all ranks.
@@ -64,6 +71,17 @@ def step_if(finite: Tensor, optimizer: torch.optim.Optimizer,
         del optimizer.found_inf
     elif finite.item():
         scaler.step(optimizer)
+
+
+@torch.no_grad()
+def update_average(average: nn.Module, raw_model: nn.Module, decay: float, step: int) -> None:
+    """
+    Move the weights of `average` towards those of `raw_model` after update `step`, so that they are
+    an exponential moving average: average = decay * average + (1 - decay) * weights.
+    """
+    # early in a run, over the last tenth of the updates only, because the first weights are random
+    decay = min(decay, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(average.parameters()), list(raw_model.parameters()), 1 - decay)
 
 
 def make_muon(raw_model: nn.Module, groups: list[dict], options: dict, verbose: bool) -> "Muon":
@@ -123,9 +141,10 @@ class Muon(torch.optim.AdamW):
             for pair in zip(p.chunk(group["parts"]), update.chunk(group["parts"]), strict=True):
                 by_shape.setdefault(pair[0].shape, []).append(pair)
             p.grad = None  # so that AdamW's step passes over this parameter
-        for shape, pairs in by_shape.items():
-            # an orthogonal matrix has elements of about 1 / sqrt(max(shape))
-            length = UPDATE_RMS * math.sqrt(max(shape))
+        for (rows, _), pairs in by_shape.items():
+            # all singular values of an update get this length, so that the outputs of a layer
+            # change as much as AdamW would change them, whether or not it has more inputs
+            length = UPDATE_RMS * math.sqrt(rows)
             updates = orthogonalize(torch.stack([update for _, update in pairs]))
             for (matrix, _), update in zip(pairs, updates, strict=True):
                 matrix.mul_(1 - group["lr"] * group["weight_decay"])

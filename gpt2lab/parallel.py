@@ -49,10 +49,10 @@ def resolve_compile(config, ranks: Ranks, dtype: torch.dtype) -> bool:
     return False
 
 
-def apply_fsdp(raw_model: nn.Module, ranks: Ranks, dtype: torch.dtype) -> None:
+def apply_fsdp(models: list[nn.Module], ranks: Ranks, dtype: torch.dtype) -> None:
     """
-    Shard parameters, gradients and optimizer state over all ranks, block by block, in place.
-    `dtype` is that of autocast.
+    Shard parameters, gradients and optimizer state of GPTs over all ranks, block by block, in
+    place. `dtype` is that of autocast.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -64,9 +64,10 @@ def apply_fsdp(raw_model: nn.Module, ranks: Ranks, dtype: torch.dtype) -> None:
                                   cast_forward_inputs=False)
     # linear layers return views, which torch forbids to change in place. Block never does
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
-    for block in raw_model.transformer.h:
-        fully_shard([block.attn, block.mlp], mesh=mesh, mp_policy=policy)
-    fully_shard(raw_model, mesh=mesh)  # the embeddings and the LayerNorms, which stay in float32
+    for raw_model in models:
+        for block in raw_model.transformer.h:
+            fully_shard([block.attn, block.mlp], mesh=mesh, mp_policy=policy)
+        fully_shard(raw_model, mesh=mesh)  # embeddings and LayerNorms, which stay in float32
 
 
 def unsharded_copy(raw_model: nn.Module, device: torch.device) -> nn.Module:

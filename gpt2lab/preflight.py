@@ -56,9 +56,11 @@ def estimate_memory(
             need += 2 * L * 12 * C * C  # autocast's copies of the matrices, kept for backward
         if world_size > 1:
             need += 4 * parameters  # the buckets in which DDP sends the gradients
+    if config.ema:
+        need += 4 * parameters // (world_size if config.fsdp else 1)
     if device.type != "cuda":
         need += PROCESS_BYTES
-    return need, 12 * parameters
+    return need, (16 if config.ema else 12) * parameters
 
 
 def activation_memory(

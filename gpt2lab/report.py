@@ -53,20 +53,41 @@ def samples(model, tokenizer: Tokenizer, prompt: str) -> None:
         print(f"[Sample {i + 1}] {prompt}{tokenizer.decode(row)}")
 
 
-def val_loss(run, step: int, loss: float) -> float | None:
+def batch_size(config, ranks: Ranks, grad_accum_steps: int) -> None:
+    """Print the device of a run, and how an update is cut into micro-steps."""
+    ranks.print0(f"using device: {ranks.device}")
+    ranks.print0(f"total desired batch size: {config.total_batch_size}")
+    ranks.print0(f"=> calculated gradient accumulation steps: {grad_accum_steps}")
+
+
+def found_data(train_loader, val_loader, config, ranks: Ranks) -> None:
+    """Print how many shards two DataLoaderLite have, and whether the val split is small."""
+    ranks.print0(f"found {len(train_loader.shards)} shards for split train")
+    ranks.print0(f"found {len(val_loader.shards)} shards for split val")
+    all_tokens = val_loader.num_sequences * config.T
+    if all_tokens <= config.num_val_tokens:
+        ranks.print0(f"the val split is small: all of its {all_tokens:,} tokens are evaluated")
+
+
+def val_loss(run, step: int, loss: float, stream: str) -> dict:
     """
-    Print and log a validation loss (nats a token). Returns it in bits per byte, the measure that
-    compares tokenizers, or None if the shards do not tell their bytes.
+    Print and log a validation loss (nats a token) in the stream "val", or "val_ema" for that of the
+    averaged weights. Returns what is new for the result of `train`. Bits per byte, the measure that
+    compares tokenizers, are None if the shards do not tell their bytes.
     """
+    run.log(step, **{stream: loss})
+    averaged = stream == "val_ema"
+    line = f"validation loss{' of the averaged weights' if averaged else ''}: {loss:.4f}"
     bits_per_byte = None
-    run.log(step, val=loss)
-    line = f"validation loss: {loss:.4f}"
     if run.val_loader.bytes_per_token:
         bits_per_byte = loss / math.log(2) / run.val_loader.bytes_per_token
-        run.log(step, bits_per_byte=bits_per_byte)
         line += f" | {bits_per_byte:.4f} bits per byte"
     run.ranks.print0(line)
-    return bits_per_byte
+    if averaged:
+        return {"val_ema": loss}
+    if bits_per_byte is not None:
+        run.log(step, bits_per_byte=bits_per_byte)
+    return {"val_loss": loss, "bits_per_byte": bits_per_byte}
 
 
 def update(run, step: int, loss: float, lr: float, norm: float, dt: float,
