@@ -15,9 +15,14 @@ from gpt2lab.distributed import sum_over_ranks
 
 OPTIMIZERS = ("adamw", "adamw8bit", "muon")
 MOMENTUM = 0.9  # of Muon
-# root mean square of an update at lr 1, so that one learning rate serves all groups. AdamW's is
-# about 0.2 (Liu et al. 2025), and Muon tolerates more
+# root mean square of an update at lr 1, for a matrix with as many rows as columns, so that one
+# learning rate serves all groups. AdamW's is about 0.2 (Liu et al. 2025), and Muon tolerates more
 UPDATE_RMS = 0.5
+# (a, b, c) of the polynomials a x + b x^3 + c x^5 that orthogonalize applies one after the other.
+# Each is the one that brings singular values nearest to 1, knowing where the polynomials before it
+# have moved those between 0.002 and 1 (Amsel et al. 2025)
+POLYNOMIALS = ((8.4268, -24.9361, 18.4925), (4.1116, -3.0591, 0.5750),
+               (3.7146, -2.7781, 0.5429), (2.7820, -2.0749, 0.4635))
 
 
 def print_groups(decayed: list[Tensor], others: list[Tensor]) -> None:
@@ -142,29 +147,30 @@ class Muon(torch.optim.AdamW):
                 by_shape.setdefault(pair[0].shape, []).append(pair)
             p.grad = None  # so that AdamW's step passes over this parameter
         for (rows, _), pairs in by_shape.items():
-            # all singular values of an update get this length, so that the outputs of a layer
-            # change as much as AdamW would change them, whether or not it has more inputs
+            # the size of the update's singular values. It does not grow with the columns, because
+            # a layer with more inputs would otherwise change its outputs more
             length = UPDATE_RMS * math.sqrt(rows)
-            updates = orthogonalize(torch.stack([update for _, update in pairs]))
+            updates = torch.stack([update for _, update in pairs])
+            if updates.is_cuda and torch.cuda.get_device_capability(updates.device) >= (8, 0):
+                updates = updates.bfloat16()
+            updates = orthogonalize(updates)
             for (matrix, _), update in zip(pairs, updates, strict=True):
                 matrix.mul_(1 - group["lr"] * group["weight_decay"])
                 matrix.add_(update, alpha=-group["lr"] * length)
 
 
-def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
+def orthogonalize(matrices: Tensor) -> Tensor:
     """
-    Matrices (n, rows, cols) with their singular values moved to between 0.7 and 1.2 by
-    Newton-Schulz iteration (Jordan et al. 2024), which needs nothing but matmuls and can run in
-    bfloat16.
+    Matrices (n, rows, cols) with their singular values moved to between 0.67 and 1.33 by
+    Newton-Schulz iteration, which needs nothing but matmuls and can run in bfloat16. Singular
+    values of less than 0.002 of the matrix's norm become smaller than that.
     """
-    bfloat16 = matrices.is_cuda and torch.cuda.get_device_capability(matrices.device) >= (8, 0)
-    X = matrices.bfloat16() if bfloat16 else matrices.float()
-    tall = X.size(1) > X.size(2)
-    X = X.mT if tall else X  # so that X @ X.mT is the smaller of the two squares
-    X = X / (X.norm(dim=(1, 2), keepdim=True) + 1e-7)  # no singular value above 1
-    for _ in range(steps):
-        # an odd polynomial of X, whose coefficients raise small singular values fast
+    tall = matrices.size(1) > matrices.size(2)
+    X = matrices.mT if tall else matrices  # so that X @ X.mT is the smaller of the two squares
+    # no singular value above 1, even if bfloat16 rounds up, because there the polynomials explode
+    X = X / (1.05 * X.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for a, b, c in POLYNOMIALS:  # odd, so that they change singular values and nothing else
         A = X @ X.mT  # (n, rows, rows)
-        B = torch.baddbmm(A, A, A, beta=-4.7750, alpha=2.0315)
-        X = torch.baddbmm(X, B, X, beta=3.4445)
+        B = torch.baddbmm(A, A, A, beta=b, alpha=c)
+        X = torch.baddbmm(X, B, X, beta=a)
     return X.mT if tall else X

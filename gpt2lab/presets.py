@@ -33,8 +33,10 @@ RUN_PRESETS: dict[str, dict] = {
         sample_every=0, sample_prompt="", save_every=1_300, print_every=100, device="cpu",
         dtype="float32"),
 }
-# values of a run preset that suit one optimizer, measured in dev/experiments.md
-OPTIMIZER_PRESETS: dict[tuple[str, str], dict] = {
+# values that suit one optimizer, in a run preset or (None) in any other run. They were measured in
+# dev/experiments.md, where Muon's best learning rate was three times AdamW's
+OPTIMIZER_PRESETS: dict[tuple[str | None, str], dict] = {
+    (None, "muon"): dict(max_lr=1.8e-3, min_lr=1.8e-4),
     ("demo", "muon"): dict(max_lr=1.2e-2, beta2=0.99),
     ("demo", "adamw"): dict(max_lr=4e-3, beta2=0.99),
     ("demo", "adamw8bit"): dict(max_lr=4e-3, beta2=0.99),
@@ -101,7 +103,8 @@ def parse_command_line(config_class: type, docstring: str, argv: list[str] | Non
     preset = parser.parse_known_args(argv)[0].preset
     parser.set_defaults(**preset_flags(preset))
     optimizer = parser.parse_known_args(argv)[0].optimizer  # the preset's, unless a flag names one
-    parser.set_defaults(**OPTIMIZER_PRESETS.get((preset, optimizer), {}))
+    run_preset = preset if preset in RUN_PRESETS else None
+    parser.set_defaults(**OPTIMIZER_PRESETS.get((run_preset, optimizer), {}))
     args = vars(parser.parse_args(argv))
     del args["preset"]
     if preset and preset not in RUN_PRESETS:

@@ -12,9 +12,10 @@ from conftest import plain_model, read_log, run_jobs, tiny_config
 from forked import Job
 
 import export_hf
+from gpt2lab import preflight
 from gpt2lab.checkpoints import find_checkpoint, list_checkpoints, load_checkpoint
 from gpt2lab.cli import UserError
-from train_gpt2 import GPT, train
+from train_gpt2 import GPT, GPTConfig, train
 
 DECAY = 0.8
 
@@ -81,6 +82,18 @@ def test_training_is_the_same_with_an_average(data_dir, tmp_path, averaged_run):
     losses = read_log(averaged_run, "val"), read_log(averaged_run, "val_ema")
     assert losses[0].keys() == losses[1].keys() == {0, 3, 6}
     assert losses[0][0] == losses[1][0] and losses[0][6] != losses[1][6]
+
+
+def test_check_expects_the_memory_and_disk_that_an_average_takes(data_dir, tmp_path, averaged_run):
+    train(ema_config(data_dir, tmp_path, ema=0.0, max_steps=1))
+    with_average, without = find_checkpoint(averaged_run), find_checkpoint(tmp_path)
+    model_config = GPTConfig(**load_checkpoint(without)["model_config"])
+    expected = [preflight.estimate_memory(model_config, ema_config(data_dir, tmp_path, ema=ema),
+                                          torch.device("cpu"), torch.float32, 1)
+                for ema in (DECAY, 0.0)]
+    memory, disk = (a - b for a, b in zip(*expected, strict=True))
+    assert memory == disk == pytest.approx(
+        with_average.stat().st_size - without.stat().st_size, rel=0.1)
 
 
 def test_a_resumed_run_averages_as_a_straight_one(data_dir, tmp_path, averaged_run):

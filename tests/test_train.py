@@ -77,6 +77,19 @@ def test_the_demo_with_another_optimizer_has_learning_rates_of_its_own():
     assert adamw.beta2 == slow.beta2 == presets.OPTIMIZER_PRESETS["demo", "adamw"]["beta2"]
 
 
+def test_muon_has_a_learning_rate_of_its_own_in_every_run():
+    """Guards against Muon with AdamW's learning rate, which a preset might bring back."""
+    default = TrainConfig()
+    for flags in ([], ["--preset", "cpu"]):
+        _, muon = parse_train_flags(*flags, "--optimizer", "muon")
+        assert [muon.max_lr, muon.min_lr] == [
+            pytest.approx(3 * lr) for lr in (default.max_lr, default.min_lr)]
+        _, given = parse_train_flags(*flags, "--optimizer", "muon", "--max_lr", "1e-3")
+        assert given.max_lr == 1e-3
+        _, adamw = parse_train_flags(*flags)
+        assert adamw.max_lr == default.max_lr
+
+
 def test_switches_have_opposites():
     _, config = parse_train_flags("--no_compile", "--no_shuffle")
     assert config == TrainConfig(compile=False, shuffle=False)
