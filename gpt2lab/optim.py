@@ -18,11 +18,6 @@ MOMENTUM = 0.9  # of Muon
 # root mean square of an update at lr 1, for a matrix with as many rows as columns, so that one
 # learning rate serves all groups. AdamW's is about 0.2 (Liu et al. 2025), and Muon tolerates more
 UPDATE_RMS = 0.5
-# (a, b, c) of the polynomials a x + b x^3 + c x^5 that orthogonalize applies one after the other.
-# Each is the one that brings singular values nearest to 1, knowing where the polynomials before it
-# have moved those between 0.002 and 1 (Amsel et al. 2025)
-POLYNOMIALS = ((8.4268, -24.9361, 18.4925), (4.1116, -3.0591, 0.5750),
-               (3.7146, -2.7781, 0.5429), (2.7820, -2.0749, 0.4635))
 
 
 def print_groups(decayed: list[Tensor], others: list[Tensor]) -> None:
@@ -152,25 +147,25 @@ class Muon(torch.optim.AdamW):
             length = UPDATE_RMS * math.sqrt(rows)
             updates = torch.stack([update for _, update in pairs])
             if updates.is_cuda and torch.cuda.get_device_capability(updates.device) >= (8, 0):
-                updates = updates.bfloat16()
+                updates = updates.bfloat16()  # multiplied several times as fast there
             updates = orthogonalize(updates)
             for (matrix, _), update in zip(pairs, updates, strict=True):
                 matrix.mul_(1 - group["lr"] * group["weight_decay"])
                 matrix.add_(update, alpha=-group["lr"] * length)
 
 
-def orthogonalize(matrices: Tensor) -> Tensor:
+def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
     """
-    Matrices (n, rows, cols) with their singular values moved to between 0.67 and 1.33 by
-    Newton-Schulz iteration, which needs nothing but matmuls and can run in bfloat16. Singular
-    values of less than 0.002 of the matrix's norm become smaller than that.
+    Matrices (n, rows, cols) with their singular values moved to between 0.7 and 1.2 by
+    Newton-Schulz iteration (Jordan et al. 2024), which needs nothing but matmuls and can run in
+    bfloat16.
     """
     tall = matrices.size(1) > matrices.size(2)
     X = matrices.mT if tall else matrices  # so that X @ X.mT is the smaller of the two squares
-    # no singular value above 1, even if bfloat16 rounds up, because there the polynomials explode
-    X = X / (1.05 * X.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    for a, b, c in POLYNOMIALS:  # odd, so that they change singular values and nothing else
+    X = X / (X.norm(dim=(1, 2), keepdim=True) + 1e-7)  # no singular value above 1
+    for _ in range(steps):
+        # an odd polynomial of X, whose coefficients raise small singular values fast
         A = X @ X.mT  # (n, rows, rows)
-        B = torch.baddbmm(A, A, A, beta=b, alpha=c)
-        X = torch.baddbmm(X, B, X, beta=a)
+        B = torch.baddbmm(A, A, A, beta=-4.7750, alpha=2.0315)
+        X = torch.baddbmm(X, B, X, beta=3.4445)
     return X.mT if tall else X

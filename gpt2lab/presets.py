@@ -28,9 +28,9 @@ RUN_PRESETS: dict[str, dict] = {
     # model learn more than few updates of a deep one
     "demo": dict(
         data_dir=DEMO_DATA, n_layer=2, n_head=4, n_embd=128, block_size=64, B=8, T=64,
-        total_batch_size=512, max_steps=2_600, optimizer="muon", schedule="linear", min_lr=0.0,
-        warmup_steps=80, eval_every=1_300, val_tokens=10_000_000, hellaswag_every=0,
-        sample_every=0, sample_prompt="", save_every=1_300, print_every=100, device="cpu",
+        total_batch_size=512, max_steps=3_000, optimizer="muon", schedule="linear", min_lr=0.0,
+        warmup_steps=80, ema=0.998, eval_every=1_500, val_tokens=10_000_000, hellaswag_every=0,
+        sample_every=0, sample_prompt="", save_every=1_500, print_every=100, device="cpu",
         dtype="float32"),
 }
 # values that suit one optimizer, in a run preset or (None) in any other run. They were measured in

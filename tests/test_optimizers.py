@@ -20,8 +20,8 @@ def test_newton_schulz_makes_matrices_orthogonal():
         U, _, Vh = torch.linalg.svd(matrices, full_matrices=False)
         result = optim.orthogonalize(matrices)
         assert result.shape == shape
-        # all but the smallest singular values come near 1, on the same axes
-        assert torch.linalg.svdvals(result)[:, :-8].sub(1).abs().max() < 0.33
+        # five steps bring all but the smallest singular values near 1, on the same axes
+        assert torch.linalg.svdvals(result)[:, :-8].sub(1).abs().max() < 0.4
         cosine = F.cosine_similarity(result.flatten(1), (U @ Vh).flatten(1))
         assert cosine.min() > 0.95
 
@@ -30,14 +30,14 @@ def test_newton_schulz_makes_matrices_orthogonal():
 def test_newton_schulz_bounds_the_update_of_any_gradient(dtype):
     """Guards against polynomials that explode where rounding takes a singular value above 1."""
     torch.manual_seed(0)
-    column, row = torch.randn(16, 256, 1), torch.randn(16, 1, 768)
-    one_row = torch.zeros(16, 256, 768)
+    column, row = torch.randn(8, 64, 1), torch.randn(8, 1, 192)
+    one_row = torch.zeros(8, 64, 192)
     one_row[:, :1] = row
-    noise = torch.randn(16, 256, 768)
+    noise = torch.randn(8, 64, 192)
     for gradient in (column @ row, one_row, one_row.mT, column @ row + 0.05 * noise, noise):
         result = optim.orthogonalize(gradient.to(dtype)).float()
         largest = torch.linalg.svdvals(result)[:, 0]
-        assert 0.6 < largest.min() and largest.max() < 1.4
+        assert 0.6 < largest.min() and largest.max() < 1.3
     assert not optim.orthogonalize(torch.zeros(1, 8, 8, dtype=dtype)).any()
 
 
