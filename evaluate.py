@@ -415,6 +415,8 @@ def score_model(args: argparse.Namespace, ranks: Ranks) -> None:
     model, tokenizer = load(source, ema=args.ema)
     if not all(p.isfinite().all() for p in model.parameters()):
         raise UserError(f"{source} has weights that are NaN or infinite: name another model")
+    if args.ema:
+        source = f"{source} (averaged weights)"
     kernels.optimize(model.to(ranks.device))
     for benchmark in loaded:
         benchmark.prepare(tokenizer, model.config.block_size)

@@ -47,7 +47,8 @@ from train_gpt2 import load
 
 # the options of a run that its model card lists. Paths of this machine are not published
 MODEL_CARD_KEYS = ("total_batch_size", "T", "max_steps", "optimizer", "max_lr", "min_lr",
-                   "warmup_steps", "weight_decay", "beta2", "grad_clip", "shuffle", "seed", "dtype")
+                   "warmup_steps", "schedule", "weight_decay", "beta2", "grad_clip", "ema",
+                   "shuffle", "seed", "dtype")
 # the text on which an exported tokenizer must agree with ours: long words, contractions, spaces,
 # line breaks, digits, accents, many scripts, control characters, bytes
 PROBE = ("An international dictionary of representative attributes, collections and assignments. "
@@ -269,7 +270,7 @@ def loss_rows(model):
     rows, streams = [], {"val": "validation loss (nats a token)",
                          "bits_per_byte": "validation loss (bits per byte)",
                          "hella": "HellaSwag accuracy (length-normalised)"}
-    if model.ema:  # the other measures are those of the weights themselves
+    if model.ema:  # the other measures of val are those of the weights themselves
         streams = {"val_ema": "validation loss (nats a token)"}
     for stream, measure in {"train": "training loss (nats a token)", **streams}.items():
         steps, values = log.get(stream, ((), ()))

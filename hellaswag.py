@@ -138,6 +138,8 @@ def score_model(args: argparse.Namespace, ranks: Ranks) -> None:
         out = on_master(ranks, lambda: check_output(args.out, inputs))
     examples = load_examples(args, ranks)
     model, tokenizer = load(source, ranks.device, args.ema)
+    if args.ema:
+        source = f"{source} (averaged weights)"
     kernels.optimize(model)
     prepared = prepare(
         model, tokenizer, examples, ranks, args.lm_eval_style, args.batch_tokens)

@@ -243,9 +243,10 @@ class GPT(nn.Module):
     def from_pretrained(cls, source, ema=False):
         """
         A trained GPT from a checkpoint, a log folder (its newest checkpoint), a Hugging Face folder
-        or a hub name (gpt2, ...). `ema` asks for the average of the weights that a checkpoint may
-        hold. Raises UserError for anything else, or another architecture.
+        or a hub name (gpt2, ...); with `ema`, the average of the weights. Raises UserError for
+        anything else, or another architecture.
         """
+        source = checkpoints.resolve_checkpoint(source) or source  # a run may save a newer one
         model = cls.empty(GPTConfig(**checkpoints.read_model_config(source)))
         checkpoints.load_weights(model, source, ema)
         return model
@@ -357,8 +358,8 @@ class TrainConfig:
     seed: int = option(1337, "seed of the initial weights and the data order", highest=2**64 - 1)
     # optimization: the GPT-3 paper's schedule for this size
     max_steps: int = option(19_073, "updates; 19,073 of 2**19 tokens are 10B", highest=10**9)
-    max_lr: float = option(6e-4, "learning rate after warmup")
-    min_lr: float = option(6e-5, "learning rate at the end")
+    max_lr: float = option(6e-4, "learning rate after warmup; three times as much with muon")
+    min_lr: float = option(6e-5, "learning rate at the end; three times as much with muon")
     warmup_steps: int = option(715, "updates of linear warmup; 715 are 375M tokens")
     schedule: str = option("cosine", "how the learning rate falls; wsd: linearly, at the end only",
                            choices=("cosine", "linear", "wsd"))
@@ -645,10 +646,9 @@ def training_step(run, step, batches, signals):
 @lock.unlocks_log_dir
 def train(config):
     """
-    Train a GPT. Returns {"step", "train_loss", "val_loss", "val_ema" (of the averaged weights; all
-    three in nats a token), "bits_per_byte" (None where the shards do not tell their bytes),
-    "seconds", "checkpoint" (None if the last one could not be written), "stopped" (by a signal)}.
-    Raises UserError, or OSError.
+    Train a GPT. Returns {"step", "train_loss", "val_loss", "val_ema" (all three in nats a token),
+    "bits_per_byte" (None where the shards do not tell their bytes), "seconds", "checkpoint" (None
+    if the last one could not be written), "stopped" (by a signal)}. Raises UserError, or OSError.
     """
     run, start_step, resumed_from = setup(config)
     device = run.ranks.device

@@ -228,14 +228,21 @@ def load_checkpoint(path: str | Path, mmap: bool = True) -> dict:
 def check_parts(checkpoint: dict, path: Path) -> None:
     """Raise UserError unless a checkpoint has the parts that load_checkpoint promises."""
     kinds = {"step": int, "model": dict, "model_config": dict, "tokenizer": dict}
+    if "ema" in checkpoint or checkpoint.get("recipe", {}).get("ema"):
+        kinds["ema"] = dict  # the average of the weights
     lacking = [name for name, kind in kinds.items() if not isinstance(checkpoint.get(name), kind)]
     if lacking:
         raise UserError(f"{path} is not a checkpoint of train_gpt2.py (it lacks "
                         f"{', '.join(sorted(lacking))}): name another")
-    for name, tensor in (*checkpoint["model"].items(), *checkpoint.get("ema", {}).items()):
+    parts = [part for part in ("model", "ema") if part in checkpoint]
+    for name, tensor in (item for part in parts for item in checkpoint[part].items()):
         if not pretrained.is_plain(tensor):
             raise UserError(f"{path} is damaged, because its {name} is not a tensor of stored "
                             "floating-point numbers: name another")
+    shapes = [{name: tensor.shape for name, tensor in checkpoint[part].items()} for part in parts]
+    if shapes[0] != shapes[-1]:
+        raise UserError(f"{path} is damaged, because the average of the weights does not have the "
+                        "shapes of the weights: name another")
 
 
 def load_weights(model: nn.Module, source: str | Path, ema: bool = False) -> None:
@@ -432,7 +439,8 @@ def load_state(raw_model: nn.Module, optimizer: torch.optim.Optimizer, average: 
     weights, optimizer_state = checkpoint.get("model", {}), checkpoint.get("optimizer", {})
     from_flags = [{key: group[key] for key in ("weight_decay", "betas")}
                   for group in optimizer.param_groups]
-    set_model_state_dict(raw_model, weights, options=options)
+    # a copy of the dict, because FSDP puts its own tensors into the dict that it gets
+    set_model_state_dict(raw_model, dict(weights), options=options)
     if average is not None:  # after --resume_anyway without an average, it begins with the weights
         set_model_state_dict(average, checkpoint.get("ema", weights), options=options)
     set_optimizer_state_dict(raw_model, optimizer, optimizer_state, options=options)

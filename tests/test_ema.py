@@ -131,8 +131,17 @@ def test_two_processes_average_as_one_and_fsdp_as_ddp(data_dir, tmp_path, averag
         Job(replace(config, log_dir=str(fsdp), fsdp=True), world_size=2),
         Job(replace(config, log_dir=str(crossed), fsdp=True, resume=str(ddp / "model_00003.pt")),
             world_size=2),
-        Job(replace(config, log_dir=str(crossed / "b"), resume=str(fsdp / "model_00003.pt")))])
-    assert [result.exit_codes for result in results] == [[0, 0]] * 3 + [[0]]
+        Job(replace(config, log_dir=str(crossed / "b"), resume=str(fsdp / "model_00003.pt"))),
+        # a new average, which begins with the weights that all ranks receive from the master
+        Job(replace(config, log_dir=str(tmp_path / "off"), ema=0.0), world_size=2),
+        Job(replace(config, log_dir=str(tmp_path / "new"), fsdp=True, resume_anyway=True,
+                    resume=str(tmp_path / "off" / "model_00005.pt")), world_size=2)])
+    assert [result.exit_codes for result in results] == [[0, 0]] * 3 + [[0]] + [[0, 0]] * 2
+    weights, before = (weights_of(path, "model") for path in (
+        tmp_path / "new" / "model_00006.pt", tmp_path / "off" / "model_00005.pt"))
+    for name, value in weights_of(tmp_path / "new" / "model_00006.pt", "ema").items():
+        expected = 6 / 15 * before[name] + 9 / 15 * weights[name]
+        assert torch.allclose(value, expected, atol=1e-6), name
     expected = weights_of(find_checkpoint(averaged_run), "ema")
     losses = read_log(averaged_run, "val_ema")
     for folder in (ddp, fsdp, crossed, crossed / "b"):
@@ -169,6 +178,30 @@ def test_the_scripts_take_the_average_if_asked(
                              "--device", "cpu", "--out", str(out), *flags, *ema)[0] == 0
             results.append(re.sub(r'"(model|parameters|seconds)": [^,]*,', "", out.read_text()))
         assert results[0] == results[1] != results[2], script
+
+
+@pytest.mark.parametrize("damage", ["other shape", "a name missing", "not a dict", "none at all"])
+def test_a_damaged_average_is_refused_and_resume_takes_the_checkpoint_before(
+        data_dir, tmp_path, averaged_run, capsys, damage):
+    shutil.copytree(averaged_run, tmp_path, dirs_exist_ok=True)
+    path, name = tmp_path / "model_00006.pt", "transformer.ln_f.bias"
+    checkpoint = torch.load(path, weights_only=True)
+    if damage == "other shape":
+        checkpoint["ema"][name] = torch.zeros(3)
+    elif damage == "a name missing":
+        del checkpoint["ema"][name]
+    elif damage == "not a dict":
+        checkpoint["ema"] = [1.0]
+    else:
+        del checkpoint["ema"]
+    torch.save(checkpoint, path)
+    with pytest.raises(UserError, match="ema|average"):
+        export_hf.export(path, tmp_path / "exported", ema=True)
+    assert not (tmp_path / "exported").exists()
+    train(ema_config(data_dir, tmp_path, resume="newest"))
+    assert "trying the checkpoint before it" in capsys.readouterr().out
+    a, b = (weights_of(folder / "model_00006.pt", "ema") for folder in (tmp_path, averaged_run))
+    assert all(torch.equal(a[name], b[name]) for name in b)
 
 
 def test_a_source_without_an_average_is_refused(call_main, tmp_path, data_dir):

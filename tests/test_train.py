@@ -77,6 +77,12 @@ def test_the_demo_with_another_optimizer_has_learning_rates_of_its_own():
     assert adamw.beta2 == slow.beta2 == presets.OPTIMIZER_PRESETS["demo", "adamw"]["beta2"]
 
 
+def test_a_learning_rate_that_would_rise_is_refused():
+    """Guards against a lower --max_lr with the default --min_lr, which would be the larger one."""
+    with pytest.raises(UserError, match="--min_lr 6e-05 is larger than --max_lr 1e-05: give both"):
+        TrainConfig(max_lr=1e-5)
+
+
 def test_muon_has_a_learning_rate_of_its_own_in_every_run():
     """Guards against Muon with AdamW's learning rate, which a preset might bring back."""
     default = TrainConfig()
