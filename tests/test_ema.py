@@ -195,7 +195,7 @@ def test_a_damaged_average_is_refused_and_resume_takes_the_checkpoint_before(
     else:
         del checkpoint["ema"]
     torch.save(checkpoint, path)
-    with pytest.raises(UserError, match="ema|average"):
+    with pytest.raises(UserError, match=r"ema|average"):
         export_hf.export(path, tmp_path / "exported", ema=True)
     assert not (tmp_path / "exported").exists()
     train(ema_config(data_dir, tmp_path, resume="newest"))
