@@ -175,17 +175,19 @@ def test_eager_training_and_resume(on_null_gpu, data_dir, tmp_path):
     checkpoints or resuming that do not work on CUDA.
     """
     train = ["python", "-m", "dev.nullgpu.train"]
-    output = on_null_gpu(*train, *train_flags(data_dir, tmp_path / "log", "--no_compile"),
+    output = on_null_gpu(*train, *train_flags(data_dir, tmp_path / "log", "--no_compile", ema=0.9),
                          TORCH_LOGS="recompiles")
     assert "trained to step 4" in output
     assert "__recompiles" not in output.partition("counted 0 ")[2]
-    assert output.count("[Sample 4]") == output.count("validation loss") == 3
+    assert output.count("[Sample 4]") == output.count("validation loss: ") == 3
+    assert output.count("validation loss of the averaged weights: ") == 3
     updates = counted_updates(output)
     check_plain_update(updates)
     counters = all_counters(output)
     assert counters["captures"] == counters["failed_allocations"] == 0
-    output = on_null_gpu(*train, *train_flags(data_dir, tmp_path / "log", "--no_compile",
-                                              "--resume", "--resume_anyway", max_steps=6))
+    flags = ("--no_compile", "--resume", "--resume_anyway")
+    output = on_null_gpu(*train, *train_flags(data_dir, tmp_path / "log", *flags, max_steps=6,
+                                              ema=0.9))
     assert "trained to step 6" in output
     assert list(counted_updates(output)) == [4]  # 5 was the last one
 
