@@ -4,7 +4,6 @@ import importlib
 import os
 import re
 import shutil
-from dataclasses import replace
 
 import pytest
 import torch
@@ -123,34 +122,18 @@ def test_another_decay_is_refused_on_resume_and_a_new_average_begins_with_the_we
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_two_processes_average_as_one_and_fsdp_as_ddp(data_dir, tmp_path, averaged_run):
-    ddp, fsdp, crossed = (tmp_path / name for name in ("ddp", "fsdp", "crossed"))
-    config = ema_config(data_dir, ddp, B=2)
-    results = run_jobs(tmp_path, [
-        Job(config, world_size=2),
-        Job(replace(config, log_dir=str(fsdp), fsdp=True), world_size=2),
-        Job(replace(config, log_dir=str(crossed), fsdp=True, resume=str(ddp / "model_00003.pt")),
-            world_size=2),
-        Job(replace(config, log_dir=str(crossed / "b"), resume=str(fsdp / "model_00003.pt"))),
-        # a new average, which begins with the weights that all ranks receive from the master
-        Job(replace(config, log_dir=str(tmp_path / "off"), ema=0.0), world_size=2),
-        Job(replace(config, log_dir=str(tmp_path / "new"), fsdp=True, resume_anyway=True,
-                    resume=str(tmp_path / "off" / "model_00005.pt")), world_size=2)])
-    assert [result.exit_codes for result in results] == [[0, 0]] * 3 + [[0]] + [[0, 0]] * 2
-    weights, before = (weights_of(path, "model") for path in (
-        tmp_path / "new" / "model_00006.pt", tmp_path / "off" / "model_00005.pt"))
-    for name, value in weights_of(tmp_path / "new" / "model_00006.pt", "ema").items():
-        expected = 6 / 15 * before[name] + 9 / 15 * weights[name]
-        assert torch.allclose(value, expected, atol=1e-6), name
-    expected = weights_of(find_checkpoint(averaged_run), "ema")
-    losses = read_log(averaged_run, "val_ema")
-    for folder in (ddp, fsdp, crossed, crossed / "b"):
-        average = weights_of(find_checkpoint(folder), "ema")
-        assert average.keys() == expected.keys()
-        for name, value in expected.items():
-            assert torch.allclose(average[name], value, atol=1e-3), (folder, name)
-        got = read_log(folder, "val_ema")
-        assert got == pytest.approx({step: losses[step] for step in got}, abs=2e-4) and 6 in got
+def test_with_fsdp_a_new_average_begins_with_the_weights(data_dir, tmp_path):
+    """Guards against ranks that have no weights to begin with: only the master reads the file."""
+    train(ema_config(data_dir, tmp_path / "without", ema=0.0, max_steps=5, warmup_steps=6))
+    before = tmp_path / "without" / "model_00005.pt"
+    [result] = run_jobs(tmp_path, [Job(ema_config(
+        data_dir, tmp_path, B=2, warmup_steps=6, fsdp=True, resume=str(before),
+        resume_anyway=True), world_size=2)])
+    assert result.exit_codes == [0, 0]
+    after = load_checkpoint(tmp_path / "model_00006.pt")
+    for name, weights in weights_of(before, "model").items():
+        expected = 6 / 15 * weights + 9 / 15 * after["model"][name]
+        assert torch.allclose(after["ema"][name], expected, atol=1e-6), name
 
 
 def test_the_scripts_take_the_average_if_asked(

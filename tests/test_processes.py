@@ -96,7 +96,7 @@ def test_fsdp_trains_like_ddp_and_each_resumes_the_other(data_dir, tmp_path, hel
 
     def config(log_dir, **changes):
         return job_config(data_dir, log_dir, B=2, save_every=3, hellaswag_every=3, sample_every=3,
-                          **changes)
+                          ema=0.8, **changes)
 
     ddp_checkpoint, fsdp_checkpoint = (str(path / "model_00003.pt") for path in (ddp, fsdp))
     results = run_jobs(tmp_path, [
@@ -104,11 +104,15 @@ def test_fsdp_trains_like_ddp_and_each_resumes_the_other(data_dir, tmp_path, hel
         Job(config(fsdp, fsdp=True, grad_checkpoint=True), world_size=2),
         Job(config(crossed, resume=fsdp_checkpoint), world_size=2),
         Job(config(crossed / "b", resume=ddp_checkpoint, fsdp=True), world_size=2),
-        Job(job_config(data_dir, crossed / "c", resume=fsdp_checkpoint, hellaswag_every=3))])
+        Job(job_config(data_dir, crossed / "c", resume=fsdp_checkpoint, hellaswag_every=3,
+                       ema=0.8))])
     assert [result.exit_codes for result in results] == [[0, 0]] * 4 + [[0]]
+    averages = load_checkpoint(find_checkpoint(ddp))["ema"]
     for folder in (fsdp, crossed, crossed / "b", crossed / "c"):
         expect_close_checkpoints(ddp, folder)
-        for stream in ("train", "val", "hella"):
+        for name, average in load_checkpoint(find_checkpoint(folder))["ema"].items():
+            assert torch.allclose(average, averages[name], atol=1e-3), name
+        for stream in ("train", "val", "val_ema", "hella"):
             expected = read_log(ddp, stream)
             got = read_log(folder, stream)
             assert got
