@@ -142,6 +142,7 @@ def test_a_second_run_in_a_log_folder_is_refused_until_the_first_has_ended(
     log_dir = tmp_path / "log"
     flags = tiny_flags(data_dir=data_dir, log_dir=log_dir, **(ENDLESS | {"save_every": 10}))
     first = start(*flags)
+    first.send_signal(signal.SIGSTOP)  # it keeps its lock, but takes no time from the others
     for more in ((), ("--resume",)):
         second = run_script(ROOT / "train_gpt2.py", *flags, *more)
         assert second.returncode == 2, second.stdout
