@@ -110,7 +110,7 @@ def plot(log_dirs, out):
         label_x_axis(axes, over_tokens, batch_size)
     for axes, _ in panels:
         if not any(len(line.get_xdata()) for line in axes.lines):
-            axes.set_axis_off()  # an empty grid would look like a failure
+            axes.set_visible(False)  # an empty grid would look like a failure
     if all(is_fineweb_edu(run) for run in runs):
         draw_references({"val": loss, "hella": hella})
     loss.legend()

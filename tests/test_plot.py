@@ -142,6 +142,20 @@ def test_values_that_are_not_finite_are_left_out(figures, tmp_path, values):
         assert np.isnan(smoothed).all()
 
 
+def test_only_accuracies_are_drawn_as_accuracies(figures, tmp_path):
+    """Guards against losses in the panel of accuracies, and against an empty panel with an axis."""
+    losses = "0 train 3\n0 lr 1e-3\n0 norm 1\n0 val 3\n0 bits_per_byte 2\n0 val_ema 2.5\n"
+    for name, more in (("without", ""), ("with", "0 piqa 0.5\n")):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "log.txt").write_text(losses + more)
+        plot.plot([folder], tmp_path / f"{name}.png")
+    assert not figures[0].axes[1].get_visible() and figures[1].axes[1].get_visible()
+    drawn = [value for line in figures[1].axes[1].lines for value in line.get_ydata()]
+    assert drawn == [0.5]
+    assert line_data(figures[0].axes[0], "without: val, averaged weights, 2.5000")[1] == [2.5]
+
+
 def test_a_run_of_one_step_shows_dots(figures, tmp_path):
     (tmp_path / "log.txt").write_text("0 train 3\n0 lr 1e-3\n0 norm 1\n")
     plot.plot([tmp_path], tmp_path / "a.png")
