@@ -60,6 +60,19 @@ def test_muon_orthogonalizes_query_key_and_value_by_themselves():
     assert torch.allclose(embeddings - wte, torch.ones(()), atol=1e-3)  # AdamW's first step is lr
 
 
+def test_the_size_of_muons_update_follows_the_rows_of_a_matrix():
+    """Guards against a longer update of the MLP's second matrix, because it has more columns."""
+    model = plain_model()
+    optimizer = model.configure_optimizers(0.0, 1.0, name="muon")
+    torch.manual_seed(1)
+    mlp = model.transformer.h[0].mlp
+    for weight, rows in ((mlp.c_fc.weight, 128), (mlp.c_proj.weight, 32)):
+        weight.grad, before = torch.randn_like(weight), weight.detach().clone()
+        optimizer.step()
+        sizes = torch.linalg.svdvals(weight.detach() - before) / math.sqrt(rows)
+        assert 0.6 < sizes.median() / optim.UPDATE_RMS < 1.3
+
+
 def test_muon_decays_weights():
     model = plain_model()
     optimizer = model.configure_optimizers(0.5, 0.1, name="muon")
