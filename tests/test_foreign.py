@@ -182,7 +182,8 @@ def test_foreign_checkpoints_are_a_start_but_cannot_be_resumed(tmp_path, save):
     path = save(tmp_path / "model", plain_weights(make_oracle(), 50304))
     model = build_model(TrainConfig(init_from=str(path), T=16), 50257)
     with pytest.raises(UserError, match=r"no run can be resumed from it: start .*--init_from"):
-        resume(TrainConfig(resume=str(path)), Ranks(torch.device("cpu")), model, None, None, "")
+        config = TrainConfig(resume=str(path), log_dir=str(tmp_path))
+        resume(config, Ranks(torch.device("cpu")), model, None, None, "")
 
 
 # -----------------------------------------------------------------------------

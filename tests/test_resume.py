@@ -297,7 +297,8 @@ def test_checkpoints_of_build_nanogpt_load(tmp_path, prefix):
     assert (model.config.vocab_size, model.config.padded_vocab_size) == (50257, 50304)
     assert load_checkpoint(path)["step"] == 19072
     with pytest.raises(UserError, match="--init_from"):
-        resume(TrainConfig(resume=str(path)), Ranks(torch.device("cpu")), model, None, None, "")
+        config = TrainConfig(resume=str(path), log_dir=str(tmp_path))
+        resume(config, Ranks(torch.device("cpu")), model, None, None, "")
 
 
 def test_code_in_a_checkpoint_is_never_run(tmp_path, monkeypatch):
