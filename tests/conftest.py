@@ -209,8 +209,9 @@ def run_jobs(tmp_path, jobs):
     path.write_text(json.dumps([asdict(job) for job in jobs]), encoding="utf-8")
     done = run_script(ROOT / "tests" / "forked.py", path, env={"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
-    return [JobResult(exit_codes, Path(job.output_file).read_text(encoding="utf-8"))
-            for job, exit_codes in zip(jobs, json.loads(done.stdout), strict=True)]
+    outputs = [Path(job.output_file).read_text(encoding="utf-8") for job in jobs]
+    print(*outputs)  # pytest shows it if the test fails
+    return [JobResult(*result) for result in zip(json.loads(done.stdout), outputs, strict=True)]
 
 
 def read_log(log_dir, stream):

@@ -8,6 +8,7 @@ JOBS.json is a list of Jobs as dicts. conftest.run_jobs writes it. A process tha
 gradients cannot fork, so pytest cannot do this itself.
 """
 
+import faulthandler
 import gc
 import json
 import os
@@ -58,6 +59,7 @@ def start_rank(job, rank, port):
         output = os.open(job.output_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(output, 1)
         os.dup2(output, 2)
+        faulthandler.enable()  # says where a signal such as SIGABRT came from
         if job.world_size > 1:
             os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1",
                               WORLD_SIZE=str(job.world_size), MASTER_PORT=str(port))
