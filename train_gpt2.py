@@ -30,6 +30,7 @@ import fineweb
 import plot
 from gpt2lab import (
     benchmarks,
+    budget,
     checkpoints,
     cli,
     distributed,
@@ -343,6 +344,7 @@ class TrainConfig:
     resume: str | None = option(None, "continue from this checkpoint, or from the newest one in "
                                 "log_dir, if there is one", nargs="?", const="newest")
     resume_anyway: bool = option(False, "resume even if data, batch size or schedule differ")
+    minutes: float | None = option(None, "choose sizes and updates for a run of so long", 0.01)
     # model
     model: str = option("gpt2", "model shape", choices=tuple(presets.MODEL_SIZES))
     n_layer: int | None = option(None, "layers, instead of the model's")
@@ -710,6 +712,8 @@ def main():
         # under torchrun the other ranks wait for this one where they join the process group
         fineweb.prepare(["builtin"], presets.DEMO_DATA, presets.DEMO_TOKENIZER)
     with distributed.naming_lost_ranks(), report.saying_what_saves_memory():
+        if config.minutes:
+            config = budget.plan(config, setup, training_step)
         result = train(config)
     if dist.is_initialized():
         dist.destroy_process_group()

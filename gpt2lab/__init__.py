@@ -29,6 +29,7 @@ distributed   the process group, sums over ranks, naming a rank that died
 parallel      FSDP, compiling with a fallback, which options go together
 signals       SIGTERM, Ctrl-C, SIGHUP and SIGUSR1 during training
 lock          one run at a time in a log folder
+budget        --minutes
 presets       the demo, values for known machines, batch sizes that fit
 preflight     --check
 """

@@ -69,6 +69,8 @@ def init_distributed(device_name: str, need_kernels: bool = True) -> Ranks:
     if device.type == "cuda" and not dist.is_nccl_available() and os.name != "nt":
         raise UserError("this torch lacks NCCL, which GPUs need to communicate: install a CUDA "
                         "build of torch, or add --device cpu")
+    if dist.is_initialized():
+        return Ranks(device, ddp_rank, ddp_world_size)
     backend = "nccl" if device.type == "cuda" and dist.is_nccl_available() else "gloo"
     address, port = os.environ.get("MASTER_ADDR"), env_int("MASTER_PORT", 0)
     if not address or not port:

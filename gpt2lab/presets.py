@@ -6,6 +6,8 @@ depend on the machine, because another B means more or fewer micro-steps in the 
 """
 
 import math
+import sys
+from dataclasses import fields
 
 import torch
 
@@ -114,6 +116,12 @@ def parse_command_line(config_class: type, docstring: str, argv: list[str] | Non
     return preset, config_class(**args)
 
 
+def given_flags(config_class: type, argv: list[str] | None = None) -> set[str]:
+    """The options of a TrainConfig that a command line gives, rather than a preset or a default."""
+    words = {word.split("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
+    return {f.name for f in fields(config_class) if {f"--{f.name}", f"--no_{f.name}"} & words}
+
+
 def preset_flags(preset: str | None) -> dict:
     """{flag: value} of a preset. "auto" stands for this machine's preset, None for no preset."""
     if preset is None:
@@ -166,6 +174,9 @@ def check_options(config) -> None:
     if config.min_lr > config.max_lr:
         raise UserError(f"--min_lr {config.min_lr} is larger than --max_lr {config.max_lr}: give "
                         "both, because the learning rate falls from max_lr to min_lr")
+    if config.minutes and (config.check or config.init_from):
+        raise UserError("--minutes plans a new model and trains it: leave out --minutes, or "
+                        f"{'--check' if config.check else '--init_from'}")
     if config.T > config.block_size:
         raise UserError(f"--T {config.T} is longer than block_size {config.block_size}: "
                         "lower --T or raise --block_size")

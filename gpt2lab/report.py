@@ -14,6 +14,9 @@ from gpt2lab.generate import generate
 from gpt2lab.runlog import open_logger
 from gpt2lab.tokenizer import Tokenizer
 
+# of the samples. At temperature 1, a small model writes half again as many words that do not exist
+SAMPLING = dict(temperature=0.8, top_k=50)
+
 
 def open_log(config, ranks: Ranks, start_step: int, resumed_from: str | None) -> Callable:
     """
@@ -46,9 +49,11 @@ def saying_what_saves_memory() -> Iterator[None]:
 
 
 def samples(model, tokenizer: Tokenizer, prompt: str) -> None:
-    """Print four texts with which a GPT continues a prompt."""
+    """Print four texts with which a GPT continues a prompt, and how they are drawn."""
+    drawn = ", ".join(f"{name} {value}" for name, value in SAMPLING.items())
+    print(f"samples ({drawn}):")
     rows = generate(model, tokenizer.encode(prompt), tokenizer.eot, tokenizer.vocab_size,
-                    num_samples=4, max_new_tokens=64, top_k=50)
+                    num_samples=4, max_new_tokens=64, **SAMPLING)
     for i, row in enumerate(rows):
         print(f"[Sample {i + 1}] {prompt}{tokenizer.decode(row)}")
 
