@@ -57,7 +57,7 @@ MIN_TOKENS = 20_000  # of the train split. Every model soon knows a shorter text
 MAX_EPOCHS = 40
 FULL_RUN_TOKENS = 19_073 * 524_288  # of the 124M run
 HOST_MICRO_BATCH = 8192  # tokens. On a CPU or a Mac, larger micro-batches are not faster
-EVALUATION_SHARE = 0.1  # of the time, at most, is for validation losses
+EVALUATION_SHARE = 0.05  # of the time, at most, is for validation losses
 MAX_VAL_TOKENS = 20 * 524_288  # for a validation loss, as in the 124M run
 SAVE_EVERY_SECONDS = 600
 SAVE_BYTES_PER_SECOND = 3e8  # which a slow disk writes
@@ -218,6 +218,7 @@ def measure(config: Any, trainer: Trainer, seconds: float) -> Timing:
         trial = replace(config, total_batch_size=n * micro_batch, resume=None, resume_anyway=False,
                         hellaswag_every=0, eval_tasks=None, tensorboard=False, wandb=None)
         timings.append(time_updates(trial, trainer, seconds))
+        free_cache(trainer.ranks.device)  # of the model that was timed
     first, last = timings[0], timings[-1]
     more = (micro_steps - len(timings)) * max(last.seconds - first.seconds, 0)
     return last._replace(seconds=last.seconds + more)
@@ -247,7 +248,6 @@ def time_updates(config: Any, trainer: Trainer, seconds: float) -> Timing:
     first = update_all(range(1, 2))
     mean = update_all(range(2, 3 + min(int(seconds / first), 10_000)))
     batches.close()
-    free_cache(ranks.device)
     return Timing(mean, setup_seconds, sum(p.numel() for p in run.raw_model.parameters()),
                   run.train_loader.num_sequences * config.T,
                   run.val_loader.num_sequences * config.T)

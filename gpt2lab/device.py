@@ -9,7 +9,7 @@ import random
 import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
@@ -147,7 +147,7 @@ def synchronize(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
-def prefetch(batches: Iterator, device: torch.device) -> Iterator:
+def prefetch(batches: Iterator, device: torch.device) -> Generator:
     """Yield the (x, y) of `batches` on `device`. A thread makes the next pair meanwhile."""
     def read() -> list[torch.Tensor]:
         x, y = next(batches)
