@@ -194,7 +194,7 @@ class LeanMLP(nn.Module):
 # are made a chunk of rows at a time
 
 CHUNK_ROWS = 512  # of 50,304 float32 logits: 103 MB. With fewer rows the matmuls become slow
-SLICE_ROWS = 64  # of a chunk in 16 bits on a CPU, which become float32 at once
+SLICE_ROWS = 128  # of a chunk in 16 bits on a CPU, which become float32 at once
 CUDA_CHUNK_FACTOR = 8  # larger chunks on CUDA, because each one adds to the whole weight gradient
 compile_failures: list[str] = []  # why softmax_gradient could not be compiled, if it could not
 
@@ -233,8 +233,8 @@ def softmax_gradient_uncompiled(logits: Tensor, targets: Tensor) -> tuple[Tensor
 
 def softmax_gradient_in_slices(logits: Tensor, targets: Tensor) -> Tensor:
     """
-    softmax_gradient for a CPU and 16 bits. A few rows at a time become float32, which the CPU's
-    cache can hold, so that the float32 values of all rows never exist.
+    softmax_gradient for a CPU and 16 bits. A few rows at a time become float32, so that no float32
+    values of the size of the logits are ever in memory.
     """
     loss = torch.zeros((), dtype=torch.float32)
     for start in range(0, len(logits), SLICE_ROWS):
