@@ -195,6 +195,7 @@ class LeanMLP(nn.Module):
 
 CHUNK_ROWS = 512  # of 50,304 float32 logits: 103 MB. With fewer rows the matmuls become slow
 SLICE_ROWS = 128  # of a chunk in 16 bits on a CPU, which become float32 at once
+PRODUCT_ROWS = 8192  # of the vocabulary's gradient in 16 bits on a CPU, which are made at once
 CUDA_CHUNK_FACTOR = 8  # larger chunks on CUDA, because each one adds to the whole weight gradient
 compile_failures: list[str] = []  # why softmax_gradient could not be compiled, if it could not
 
@@ -233,14 +234,18 @@ def softmax_gradient_uncompiled(logits: Tensor, targets: Tensor) -> tuple[Tensor
 
 def softmax_gradient_in_slices(logits: Tensor, targets: Tensor) -> Tensor:
     """
-    softmax_gradient for a CPU and 16 bits. A few rows at a time become float32, so that no float32
-    values of the size of the logits are ever in memory.
+    softmax_gradient for a CPU and 16 bits. A few rows at a time become float32, in two buffers, so
+    that no float32 values of the size of the logits are ever in memory.
     """
     loss = torch.zeros((), dtype=torch.float32)
+    values = torch.empty(min(SLICE_ROWS, len(logits)), logits.size(1), dtype=torch.float32)
+    buffer = torch.empty_like(values)
     for start in range(0, len(logits), SLICE_ROWS):
-        rows = slice(start, start + SLICE_ROWS)
-        slice_loss, logits[rows] = softmax_gradient_uncompiled(logits[rows], targets[rows])
-        loss += slice_loss
+        part, index = logits[start:start + SLICE_ROWS], targets[start:start + SLICE_ROWS, None]
+        log_probs = buffer[:len(part)]
+        torch.log_softmax(values[:len(part)].copy_(part), 1, out=log_probs)
+        loss -= log_probs.gather(1, index).sum()
+        part.copy_(log_probs.exp_().scatter_add_(1, index, values.new_full(index.shape, -1)))
     return loss
 
 
@@ -287,10 +292,15 @@ def add_matmul(total: Tensor, a: Tensor, b: Tensor, beta: int) -> None:
                                       or torch.cuda.get_device_capability(a.device) >= (8, 0)):
         # the matmul adds in float32, so that no product of the size of `total` is written
         torch.addmm(total, a, b, beta=beta, out_dtype=total.dtype, out=total)
-    elif beta:
-        total += a @ b
     else:
-        total.copy_(a @ b)
+        # on a CPU some rows at a time, so that no product of the size of `total` is written
+        block = PRODUCT_ROWS if a.device.type == "cpu" else len(total)
+        for start in range(0, len(total), block):
+            rows = slice(start, start + block)
+            if beta:
+                total[rows] += a[rows] @ b
+            else:
+                total[rows] = a[rows] @ b
 
 
 def loss_and_gradients(
