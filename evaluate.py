@@ -31,7 +31,7 @@ from gpt2lab import benchmarks, core, harness, kernels
 from gpt2lab.benchmarks import Benchmark, Metric
 from gpt2lab.checkpoints import EMA_HELP, default_source, list_model_files
 from gpt2lab.cli import UserError, check_positive, make_parser, run_main, split_list
-from gpt2lab.device import autocast
+from gpt2lab.device import autocast, explain_dtype
 from gpt2lab.distributed import Ranks, init_distributed, on_master
 from gpt2lab.files import check_output, read_json, write_output
 from gpt2lab.scoring import mcnemar
@@ -417,6 +417,8 @@ def score_model(args: argparse.Namespace, ranks: Ranks) -> None:
         raise UserError(f"{source} has weights that are NaN or infinite: name another model")
     if args.ema:
         source = f"{source} (averaged weights)"
+    if line := explain_dtype(args.dtype, ranks.device):
+        ranks.print0(line)
     kernels.optimize(model.to(ranks.device))
     for benchmark in loaded:
         benchmark.prepare(tokenizer, model.config.block_size)

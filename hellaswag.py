@@ -20,12 +20,14 @@ import json
 from itertools import islice
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
 from gpt2lab import kernels
 from gpt2lab.checkpoints import EMA_HELP, default_source, list_model_files
 from gpt2lab.cli import UserError, check_positive, make_parser, run_main
+from gpt2lab.device import autocast, explain_dtype
 from gpt2lab.distributed import Ranks, init_distributed, on_master
 from gpt2lab.downloads import download_on_each_node
 from gpt2lab.files import check_output, write_output
@@ -140,6 +142,8 @@ def score_model(args: argparse.Namespace, ranks: Ranks) -> None:
     model, tokenizer = load(source, ranks.device, args.ema)
     if args.ema:
         source = f"{source} (averaged weights)"
+    if line := explain_dtype(args.dtype, ranks.device):
+        ranks.print0(line)
     kernels.optimize(model)
     prepared = prepare(
         model, tokenizer, examples, ranks, args.lm_eval_style, args.batch_tokens)
@@ -156,7 +160,8 @@ def score_model(args: argparse.Namespace, ranks: Ranks) -> None:
         progress.update()
 
     try:
-        score = score_hellaswag(model, prepared, ranks, on_result)
+        with autocast(ranks.device, getattr(torch, args.dtype)):
+            score = score_hellaswag(model, prepared, ranks, on_result)
     except KeyboardInterrupt:
         progress.close()
         if ranks.master_process:  # only its own results, since the other ranks may be gone
@@ -183,6 +188,8 @@ def parse_args() -> argparse.Namespace:
                         "log/, else gpt2)")
     parser.add_argument("--ema", action="store_true", help=EMA_HELP)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32",
+                        help="dtype of the matmuls (%(default)s)")
     parser.add_argument("--split", choices=tuple(OFFICIAL_FILES), default="val",
                         help="which official file to score; test has no labels, so use it with "
                         "--out (%(default)s)")

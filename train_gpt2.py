@@ -609,25 +609,25 @@ def training_step(run, step, batches, signals):
     a signal asked any rank to stop, or to save).
     """
     config, device, model, scaler = run.config, run.ranks.device, run.model, run.scaler
-    grad_accum_steps = run.train_loader.grad_accum_steps
     cuda_graphs = parallel.uses_cuda_graphs(config, device)
-    loss_accum = torch.zeros((), device=device)
-    for micro_step in range(grad_accum_steps):
-        x, y = next(batches)  # (B, T) each
-        last = micro_step == grad_accum_steps - 1
-        if isinstance(model, DDP):
-            # all-reduce the gradients once an update. DDP reads this flag in forward, so set it
-            # before: set after it, every update would lack the first micro-steps' gradients
-            model.require_backward_grad_sync = last
-        elif config.fsdp:  # until then every rank holds whole gradients, so not if memory is short
-            model.set_requires_gradient_sync(last or config.grad_checkpoint)
-        if cuda_graphs:
-            torch.compiler.cudagraph_mark_step_begin()  # the next replay may overwrite outputs
-        with autocast(device, run.dtype):
-            _, loss = model(x, y)
-        loss = loss / grad_accum_steps  # so that the gradients add up to those of one large batch
-        loss_accum += loss.detach()
-        scaler.scale(loss).backward()
+    grad_accum_steps, loss_accum = run.train_loader.grad_accum_steps, torch.zeros((), device=device)
+    with kernels.kept_casts():  # weights do not change in here, so a CPU casts each of them once
+        for micro_step in range(grad_accum_steps):
+            x, y = next(batches)  # (B, T) each
+            last = micro_step == grad_accum_steps - 1
+            if isinstance(model, DDP):
+                # all-reduce the gradients once an update. DDP reads this flag in forward, so set it
+                # before: set after it, every update would lack the first micro-steps' gradients
+                model.require_backward_grad_sync = last
+            elif config.fsdp:  # until then ranks hold whole gradients, so not if memory is short
+                model.set_requires_gradient_sync(last or config.grad_checkpoint)
+            if cuda_graphs:
+                torch.compiler.cudagraph_mark_step_begin()  # the next replay may overwrite outputs
+            with autocast(device, run.dtype):
+                _, loss = model(x, y)
+            loss = loss / grad_accum_steps  # so that gradients add up to those of one large batch
+            loss_accum += loss.detach()
+            scaler.scale(loss).backward()
     scaler.unscale_(run.optimizer)  # clip the norm of the true gradients
     norm = parallel.clip_grad_norm(run.raw_model, config.grad_clip)
     for param_group in run.optimizer.param_groups:

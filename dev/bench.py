@@ -17,6 +17,7 @@ their medians are compared: trust the ratios more than the times. The last line 
 JSON.
 """
 
+import contextlib
 import copy
 import functools
 import importlib.util
@@ -43,7 +44,7 @@ from dev.bench_gpu import bench_gpu
 from dev.measure import RemoteObject, median_seconds, peak_mb, resident_mb, sgemm_gflops
 from gpt2lab import kernels, scoring, shards, sources, tasks
 from gpt2lab.cli import make_parser, run_main
-from gpt2lab.device import flops_per_token, prefetch
+from gpt2lab.device import autocast, cpu_bfloat16, flops_per_token, prefetch
 from gpt2lab.distributed import Ranks
 from gpt2lab.generate import generate
 from gpt2lab.signals import Signals
@@ -447,11 +448,18 @@ def bench_hellaswag(num_groups=4, size=12):
 
 
 # -----------------------------------------------------------------------------
-# the training step: GPT-2 124M in float32, random tokens, clipping and optimizer included
+# the training step: GPT-2 124M, random tokens, clipping and optimizer included. In float32, and
+# where the CPU multiplies bfloat16 in hardware, also in bfloat16
 
 
 class Trainer:
-    """What all contenders do with the `model` and the `optimizer` that their __init__ makes."""
+    """What all contenders do with the `model` and the `optimizer` that `make` makes."""
+
+    def __init__(self, dtype=torch.float32):
+        """`dtype` is that of autocast."""
+        self.dtype = dtype
+        torch.manual_seed(0)
+        self.make()
 
     def loss(self, x, y):
         """The mean loss of a batch, (B, T) int64 each."""
@@ -460,7 +468,9 @@ class Trainer:
     def run_micro_step(self, B, T):
         """Forward and backward."""
         rows = torch.randint(50257, (B, T + 1), generator=torch.Generator().manual_seed(0))
-        (self.loss(rows[:, :-1].contiguous(), rows[:, 1:].contiguous()) / 4).backward()
+        with autocast(torch.device("cpu"), self.dtype):
+            loss = self.loss(rows[:, :-1].contiguous(), rows[:, 1:].contiguous())
+        (loss / 4).backward()
 
     def run_update(self):
         """Clipping and the optimizer's step."""
@@ -479,8 +489,8 @@ class PlainTrainer(Trainer):
     has them without a GPU.
     """
 
-    def __init__(self):
-        torch.manual_seed(0)
+    def make(self):
+        """The model and the optimizer."""
         self.model = train_gpt2.GPT(train_gpt2.GPTConfig())
         groups = [{key: group[key] for key in ("params", "weight_decay")}
                   for group in self.model.configure_optimizers(0.1, 6e-4).param_groups]
@@ -490,9 +500,9 @@ class PlainTrainer(Trainer):
 class HuggingFaceTrainer(Trainer):
     """Hugging Face's model, with torch's AdamW as it is."""
 
-    def __init__(self):
+    def make(self):
+        """The model and the optimizer."""
         from transformers import GPT2Config, GPT2LMHeadModel
-        torch.manual_seed(0)
         self.model = GPT2LMHeadModel(GPT2Config(resid_pdrop=0, embd_pdrop=0, attn_pdrop=0))
         self.optimizer = torch.optim.AdamW(self.model.parameters(), 6e-4)
 
@@ -504,15 +514,24 @@ class HuggingFaceTrainer(Trainer):
 class OurTrainer(Trainer):
     """The GPT and the optimizer as train_gpt2.py sets them up."""
 
-    def __init__(self):
+    def make(self):
+        """The model and the optimizer."""
         kernels.tune_malloc()
-        torch.manual_seed(0)
         self.model = train_gpt2.GPT(train_gpt2.GPTConfig())
         kernels.optimize(self.model)
         self.optimizer = self.model.configure_optimizers(0.1, 6e-4)
+        self.casts = contextlib.ExitStack()  # which holds the context of an update's micro-steps
+        self.casts.enter_context(kernels.kept_casts())
+
+    def run_update(self):
+        """Clipping and the optimizer's step."""
+        self.casts.close()
+        super().run_update()
+        self.casts.enter_context(kernels.kept_casts())
 
 
 TRAINERS = {"plain": PlainTrainer, "Hugging Face": HuggingFaceTrainer, "ours": OurTrainer}
+BFLOAT16_TRAINERS = {"plain, bfloat16": PlainTrainer, "ours, bfloat16": OurTrainer}
 
 
 def time_updates(B, T, micro_steps):
@@ -521,6 +540,12 @@ def time_updates(B, T, micro_steps):
     micro-step: the shorter the turns, the less it matters what else the machine does.
     """
     trainers = {name: RemoteObject(cls) for name, cls in TRAINERS.items()}
+    fast, reason = cpu_bfloat16()
+    if fast:
+        trainers |= {name: RemoteObject(cls, torch.bfloat16)
+                     for name, cls in BFLOAT16_TRAINERS.items()}
+    else:
+        print(f"bfloat16 is left out, because {reason}")
     rates = []
     turns = {("sgemm", 0): lambda: rates.append(sgemm_gflops())}
     for i in range(micro_steps):
@@ -540,19 +565,27 @@ def time_updates(B, T, micro_steps):
 
 
 def bench_step(B=4, T=128, micro_steps=4):
-    """Tokens a second of an update of 4 micro-steps of 4 x 128 tokens, and the share of sgemm."""
+    """
+    Tokens a second of an update of 4 micro-steps of 4 x 128 tokens, the share of sgemm, and what
+    bfloat16 gains over float32 and over plain PyTorch in bfloat16.
+    """
     seconds, peaks, sgemm = time_updates(B, T, micro_steps)
     print(f"sgemm {sgemm:.0f} GFLOP/s, {torch.get_num_threads()} threads")
     result = {"sgemm_gflops": sgemm}
-    for name in TRAINERS:
+    for name in seconds:
         rate = B * T * micro_steps / seconds[name]
         flops = rate * flops_per_token(124_475_904, train_gpt2.GPTConfig(), T)
         share = flops / 1e9 / sgemm
         ratio = seconds["plain"] / seconds[name]
         result[name] = {"tokens_per_sec": rate, "times_plain": ratio, "share_of_sgemm": share,
                         "peak_mb": peaks[name]}
-        print(f"{name:12} {rate:6.1f} tokens/s {ratio:5.2f} x plain {share:6.1%} of sgemm "
+        print(f"{name:15} {rate:6.1f} tokens/s {ratio:5.2f} x plain {share:6.1%} of sgemm "
               f"{peaks[name]:6.0f} MB")
+    name = "ours, bfloat16"
+    for other in ("ours", "plain", "plain, bfloat16") if name in seconds else ():
+        result[f"{name} / {other}"] = ratio = seconds[other] / seconds[name]
+        print(f"{name} is {ratio:.2f} x as fast as {other}, and needs "
+              f"{peaks[name] / peaks[other]:.2f} x its peak memory")
     return result
 
 

@@ -5,6 +5,7 @@ its random seeds. Every script gets the same answer from here.
 
 import gc
 import os
+import platform
 import random
 import re
 import sys
@@ -110,16 +111,67 @@ def pick_device(name: str = "auto", need_kernels: bool = True) -> torch.device:
     return device
 
 
+# values of ONEDNN_MAX_CPU_ISA that leave oneDNN an instruction which multiplies bfloat16
+BFLOAT16_ISA = re.compile("default|all|.*(bf16|fp16|amx|avx10).*", re.IGNORECASE)
+
+
+def cpu_bfloat16() -> tuple[bool, str]:
+    """
+    (whether torch multiplies bfloat16 on this CPU with instructions for it, why, as a sentence). A
+    CPU without them emulates bfloat16, which is slower than float32.
+    """
+    emulates = "this CPU has no instructions for it that torch uses"
+    if not torch.backends.mkldnn.is_available() or sys.platform == "darwin":
+        return False, emulates
+    if platform.machine().lower() in ("aarch64", "arm64"):
+        supported = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        return supported, "this CPU has Arm's BF16 instructions" if supported else emulates
+    names = {"avx512_bf16": "AVX512-BF16", "amx_bf16": "AMX"}  # of torch and of the makers
+    found = [name for key, name in names.items() if torch.cpu.get_capabilities().get(key)]
+    if not found:
+        return False, emulates
+    # oneDNN multiplies, and the user may have forbidden torch or oneDNN the instructions
+    if not torch.backends.cpu.get_cpu_capability().startswith(("AVX512", "AVX10")):
+        return False, "ATEN_CPU_CAPABILITY rules out this CPU's instructions for it"
+    variables = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")  # oneDNN heeds the first that is set
+    name, limit = next(((name, os.environ[name]) for name in variables if os.environ.get(name)),
+                       ("", "all"))
+    if not BFLOAT16_ISA.fullmatch(limit):
+        return False, f"{name}={limit} rules out this CPU's instructions for it"
+    return True, f"this CPU has instructions for it ({', '.join(found)})"
+
+
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """
     The dtype of autocast that a --dtype flag names. "auto" is bfloat16 on GPUs that have it
-    (compute capability 8.0), float16 on other CUDA GPUs and float32 elsewhere.
+    (compute capability 8.0) and on CPUs with instructions for it, float16 on other CUDA GPUs and
+    float32 elsewhere.
     """
     if name == "auto":
-        if device.type != "cuda":
-            return torch.float32
-        name = "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
+        name = "float32"
+        if device.type == "cuda":
+            capability = torch.cuda.get_device_capability(device)
+            name = "bfloat16" if capability >= (8, 0) else "float16"
+        elif device.type == "cpu" and cpu_bfloat16()[0]:
+            name = "bfloat16"
     return getattr(torch, name)
+
+
+def explain_dtype(name: str, device: torch.device) -> str | None:
+    """
+    A line on the dtype that a --dtype flag names on a CPU: what "auto" has chosen and why, or a
+    warning if bfloat16 is emulated. None if there is nothing to say.
+    """
+    if device.type != "cpu" or name not in ("auto", "bfloat16"):
+        return None
+    fast, reason = cpu_bfloat16()
+    if name == "auto":
+        chosen = "bfloat16" if fast else "float32, not in bfloat16"
+        return f"computing in {chosen}, because {reason}"
+    if fast:
+        return None
+    return (f"warning: bfloat16 will be slower than float32, because {reason}: use --dtype float32 "
+            "unless the losses of bfloat16 are what you want")
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:

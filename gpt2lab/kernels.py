@@ -7,13 +7,15 @@ and so do the parameters' names. No target may be -100, F.cross_entropy's ignore
 - LeanMLP for the MLP: backward recomputes GELU instead of keeping its output;
 - chunked_cross_entropy for the loss: the logits never exist all at once.
 
-`prepack(model)` prepares a model for inference with several rows at once. `tune_malloc()` keeps
-freed memory in the process.
+`kept_casts()` is a context in which a CPU under autocast casts each weight once. `prepack(model)`
+prepares a model for inference with several rows at once. `tune_malloc()` keeps freed memory in the
+process.
 """
 
 import ctypes
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,6 +24,44 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gpt2lab.cli import env_rank, first_line
+
+# -----------------------------------------------------------------------------
+# autocast on a CPU. Autocast casts a weight again in every micro-step, although the weights change
+# only once an update, and in the loss and in LeanMLP, which call no operator that autocast knows.
+# Casting 124M weights reads and writes 0.75 GB
+
+
+# {(weight, its dtype under autocast, whether gradients are recorded): the copy}, None outside of
+# kept_casts. A copy that was made without recording gradients would pass none on to its weight
+casts: dict[tuple[Tensor, torch.dtype, bool], Tensor] | None = None
+
+
+@contextmanager
+def kept_casts() -> Iterator[None]:
+    """
+    A context in which a CPU under autocast casts each weight once, and in which no weight may
+    change. The copies take 2 bytes a weight until the context ends.
+
+    Copies that outlive a change of their weight would need a sign of the change. Tensor._version is
+    not one, because fused AdamW and FSDP change weights and leave the version as it is.
+    """
+    global casts
+    outer, casts = casts, {}
+    try:
+        yield
+    finally:
+        casts = outer
+
+
+def cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """weight.to(dtype), whose gradient goes to `weight`. In kept_casts it is made only once."""
+    if casts is None or weight.dtype == dtype or weight.device.type != "cpu":
+        return weight.to(dtype)
+    key = (weight, dtype, torch.is_grad_enabled())
+    if key not in casts:
+        casts[key] = weight.to(dtype)
+    return casts[key]
+
 
 # -----------------------------------------------------------------------------
 # matmuls by oneDNN. F.linear calls MKL for float32. PyTorch ships oneDNN, too, which was up to a
@@ -77,8 +117,12 @@ class OneDNNLinearFunction(torch.autograd.Function):
 
 
 def fast_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear(x, weight, bias) by the faster of the two libraries."""
+    """F.linear(x, weight, bias) by the faster of the two libraries, or under autocast."""
     if not use_onednn(weight):
+        if not torch.compiler.is_compiling() and casts is not None \
+                and torch.is_autocast_enabled("cpu"):
+            dtype = torch.get_autocast_dtype("cpu")
+            weight, bias = cast(weight, dtype), None if bias is None else cast(bias, dtype)
         return F.linear(x, weight, bias)
     if not torch.is_grad_enabled():
         return onednn_linear(x, weight, bias)
@@ -127,7 +171,7 @@ def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """F.linear(F.gelu(x, approximate="tanh"), weight, bias), saving only x for backward."""
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
+        x, weight, bias = x.to(dtype), cast(weight, dtype), cast(bias, dtype)
     return GELULinearFunction.apply(x, weight, bias)
 
 
@@ -150,6 +194,8 @@ class LeanMLP(nn.Module):
 # are made a chunk of rows at a time
 
 CHUNK_ROWS = 512  # of 50,304 float32 logits: 103 MB. With fewer rows the matmuls become slow
+SLICE_ROWS = 128  # of a chunk in 16 bits on a CPU, which become float32 at once
+PRODUCT_ROWS = 8192  # of the vocabulary's gradient in 16 bits on a CPU, which are made at once
 CUDA_CHUNK_FACTOR = 8  # larger chunks on CUDA, because each one adds to the whole weight gradient
 compile_failures: list[str] = []  # why softmax_gradient could not be compiled, if it could not
 
@@ -186,6 +232,23 @@ def softmax_gradient_uncompiled(logits: Tensor, targets: Tensor) -> tuple[Tensor
     return loss, gradient.to(logits.dtype)
 
 
+def softmax_gradient_in_slices(logits: Tensor, targets: Tensor) -> Tensor:
+    """
+    softmax_gradient for a CPU and 16 bits. A few rows at a time become float32, in two buffers, so
+    that no float32 values of the size of the logits are ever in memory.
+    """
+    loss = torch.zeros((), dtype=torch.float32)
+    values = torch.empty(min(SLICE_ROWS, len(logits)), logits.size(1), dtype=torch.float32)
+    buffer = torch.empty_like(values)
+    for start in range(0, len(logits), SLICE_ROWS):
+        part, index = logits[start:start + SLICE_ROWS], targets[start:start + SLICE_ROWS, None]
+        log_probs = buffer[:len(part)]
+        torch.log_softmax(values[:len(part)].copy_(part), 1, out=log_probs)
+        loss -= log_probs.gather(1, index).sum()
+        part.copy_(log_probs.exp_().scatter_add_(1, index, values.new_full(index.shape, -1)))
+    return loss
+
+
 def compiles_loss(device: torch.device) -> bool:
     """Whether softmax_gradient is compiled, even if nothing else is. On a CPU that gains nothing"""
     return device.type == "cuda"
@@ -216,6 +279,8 @@ def differentiate(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
             if env_rank() == 0:
                 print(f"warning: the loss is computed uncompiled, which is slower, because "
                       f"compiling failed: {compile_failures[0]:.200}")
+    if logits.device.type == "cpu" and logits.dtype != torch.float32:
+        return softmax_gradient_in_slices(logits, targets), logits
     return softmax_gradient_uncompiled(logits, targets)
 
 
@@ -227,10 +292,15 @@ def add_matmul(total: Tensor, a: Tensor, b: Tensor, beta: int) -> None:
                                       or torch.cuda.get_device_capability(a.device) >= (8, 0)):
         # the matmul adds in float32, so that no product of the size of `total` is written
         torch.addmm(total, a, b, beta=beta, out_dtype=total.dtype, out=total)
-    elif beta:
-        total += a @ b
     else:
-        total.copy_(a @ b)
+        # on a CPU some rows at a time, so that no product of the size of `total` is written
+        block = PRODUCT_ROWS if a.device.type == "cpu" else len(total)
+        for start in range(0, len(total), block):
+            rows = slice(start, start + block)
+            if beta:
+                total[rows] += a[rows] @ b
+            else:
+                total[rows] = a[rows] @ b
 
 
 def loss_and_gradients(
@@ -244,7 +314,7 @@ def loss_and_gradients(
     """
     loss = torch.zeros((), dtype=torch.float32, device=x.device)
     grad_x, grad_weight = torch.empty_like(x), torch.empty_like(weight)
-    W = weight.to(x.dtype)  # (V, C)
+    W = cast(weight, x.dtype)  # (V, C)
     chunk = rows_at_once(x.device)
     for start in range(0, len(x), chunk):
         rows = slice(start, start + chunk)
@@ -294,7 +364,7 @@ def chunked_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     if torch.is_grad_enabled():
         return cross_entropy_op(x, weight, targets)[0] / len(x)
-    loss, W = torch.zeros((), dtype=torch.float32, device=x.device), weight.to(x.dtype)
+    loss, W = torch.zeros((), dtype=torch.float32, device=x.device), cast(weight, x.dtype)
     chunk = rows_at_once(x.device)
     for start in range(0, len(x), chunk):
         rows = slice(start, start + chunk)

@@ -89,13 +89,15 @@ def unsharded_copy(raw_model: nn.Module, device: torch.device) -> nn.Module:
 @contextmanager
 def evaluation_model(raw_model: nn.Module, device: torch.device) -> Iterator[nn.Module]:
     """
-    The model to evaluate and sample with, uncompiled and unsharded. Cached memory is returned to
-    the device before and after, because evaluation needs tensors of other shapes than training.
+    The model to evaluate and sample with, uncompiled and unsharded. Its weights must not change
+    here. Cached memory is returned to the device before and after, because evaluation needs tensors
+    of other shapes than training.
     """
     free_cache(device)
     model = unsharded_copy(raw_model, device)
     try:
-        yield model
+        with kernels.kept_casts():
+            yield model
     finally:
         if model is not raw_model:
             model.to("meta")  # frees the copy, although the caller still has a name for it

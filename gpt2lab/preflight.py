@@ -15,9 +15,9 @@ from torch.nn.attention import SDPBackend
 
 from gpt2lab.checkpoints import read_model_config
 from gpt2lab.cli import UserError, available_cpus, cgroup_folders
-from gpt2lab.device import missing_kernels, pick_dtype
+from gpt2lab.device import explain_dtype, missing_kernels, pick_dtype
 from gpt2lab.distributed import Ranks, init_distributed, sum_over_ranks
-from gpt2lab.kernels import rows_at_once
+from gpt2lab.kernels import SLICE_ROWS, rows_at_once
 from gpt2lab.parallel import resolve_compile
 from gpt2lab.presets import (
     DEMO_DATA,
@@ -86,10 +86,16 @@ def activation_memory(
     after_layers = 3 * stream  # the last LayerNorm, and the loss's input and its gradient
     backward = stream + (1 + 4 + 4) * width + (layer if config.grad_checkpoint else 0)
     tokens = config.B * config.T
-    logits = min(rows_at_once(device), tokens) * V * (width if device.type == "cuda" else 8)
-    if dtype != torch.float32:
-        logits += V * C * width  # the vocabulary's copy in 16 bits
-    return max(tokens * C * (kept + after_layers) + logits, tokens * C * (kept + backward))
+    rows = min(rows_at_once(device), tokens)
+    logits = rows * V * (width if device.type == "cuda" else 8)
+    vocabulary = 0 if dtype == torch.float32 else V * C * width  # its copy in 16 bits
+    kept_copy = 0
+    if vocabulary and device.type == "cpu":
+        kept_copy = vocabulary  # by kept_casts, until the update ends
+        # the logits in 16 bits, and their float32 values or a chunk's gradient of the vocabulary
+        logits = rows * V * width + max(min(SLICE_ROWS, rows) * V * (8 + width), vocabulary)
+    at_the_loss = tokens * C * (kept + after_layers) + logits + vocabulary
+    return max(at_the_loss, tokens * C * (kept + backward) + kept_copy)
 
 
 def free_memory(device: torch.device) -> int | None:
@@ -224,6 +230,8 @@ def report_preflight(config, config_class: type, preset: str | None = None) -> i
         problems.append(f"too little disk for two checkpoints at {folder}: make room")
     for name, value in machine_facts(device, dtype):
         ranks.print0(f"{name}: {value}")
+    if line := explain_dtype(config.dtype, device):
+        ranks.print0(line)
     flags = ", ".join(f"{name} {value}" for name, value in preset_flags("auto").items())
     ranks.print0(f"--preset auto: {flags}")
     ranks.print0(f"memory: about {memory / GIB:.1f} GiB a process expected"

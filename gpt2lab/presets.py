@@ -72,7 +72,7 @@ MACHINE_PRESETS: dict[str, dict] = {
     "t4": gpu_preset(14.6, "default", dtype="float16"),
     "h100": gpu_preset(79.1, "reduce-overhead"),
     "mps": dict(B=4, dtype="float32", compile=False),
-    "cpu": dict(B=4, dtype="float32", compile=False),
+    "cpu": dict(B=4, dtype="auto", compile=False),  # bfloat16 or float32, as the CPU is
 }
 MODEL_SIZES: dict[str, dict] = {
     "gpt2": dict(n_layer=12, n_head=12, n_embd=768),  # 124M parameters

@@ -8,7 +8,7 @@ from datetime import timedelta
 
 from gpt2lab.checkpoints import find_checkpoint
 from gpt2lab.cli import UserError, env_rank, first_line, is_out_of_memory
-from gpt2lab.device import format_mfu
+from gpt2lab.device import explain_dtype, format_mfu
 from gpt2lab.distributed import Ranks, on_master
 from gpt2lab.generate import generate
 from gpt2lab.runlog import open_logger
@@ -59,8 +59,10 @@ def samples(model, tokenizer: Tokenizer, prompt: str) -> None:
 
 
 def batch_size(config, ranks: Ranks, grad_accum_steps: int) -> None:
-    """Print the device of a run, and how an update is cut into micro-steps."""
+    """Print the device and the dtype of a run, and how an update is cut into micro-steps."""
     ranks.print0(f"using device: {ranks.device}")
+    if line := explain_dtype(config.dtype, ranks.device):
+        ranks.print0(line)
     ranks.print0(f"total desired batch size: {config.total_batch_size}")
     ranks.print0(f"=> calculated gradient accumulation steps: {grad_accum_steps}")
 

@@ -45,7 +45,7 @@ def plain_model(seed=0):
 # options of a two-layer model that trains for six quick steps
 TINY = dict(n_layer=2, n_head=2, n_embd=32, block_size=32, B=4, T=32, total_batch_size=256,
             max_steps=6, warmup_steps=2, max_lr=1e-3, min_lr=1e-4, hellaswag_every=0,
-            plot_every=0, sample_prompt="", device="cpu")
+            plot_every=0, sample_prompt="", device="cpu", dtype="float32")
 
 
 def tiny_config(data_dir, log_dir, **changes):

@@ -247,14 +247,17 @@ def test_a_run_whose_terminal_was_closed_is_saved(data_dir, tmp_path):
 
 def test_a_resumed_run_says_what_keeps_it_from_being_equal_bit_for_bit(
         data_dir, tmp_path, capsys, monkeypatch):
-    config = tiny_config(data_dir, tmp_path, save_every=3)
+    monkeypatch.setattr(device, "cpu_bfloat16", lambda: (False, "it lacks them"))
+    config = tiny_config(data_dir, tmp_path, save_every=3, dtype="auto")
     train(config)
-    capsys.readouterr()
+    assert "computing in float32, not in bfloat16, because it lacks" in capsys.readouterr().out
     train(replace(config, resume="newest"))
     assert "the checkpoint was made with" not in capsys.readouterr().out
     monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
-    train(replace(config, resume="newest", dtype="bfloat16"))
+    monkeypatch.setattr(device, "cpu_bfloat16", lambda: (True, "it has them"))
+    train(replace(config, resume="newest"))
     out = capsys.readouterr().out
+    assert "computing in bfloat16, because it has them" in out
     assert "made with dtype float32, not bfloat16; threads 1, not 64: losses may differ" in out
 
     path = tmp_path / "model_00006.pt"

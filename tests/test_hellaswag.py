@@ -242,6 +242,22 @@ def test_the_script_prints_accuracies_and_writes_results(
     assert "acc_norm" in err  # the progress bar
 
 
+def test_the_dtype_of_the_matmuls_is_float32_unless_the_flag_says_otherwise(
+        call_main, log_dir, examples_file, tmp_path):
+    """Guards against published accuracies that depend on the machine."""
+    loss_sums = {}
+    for dtype in ("", "float32", "bfloat16", "float16"):
+        flags = ["--dtype", dtype] if dtype else []
+        code, out, _ = call_main(hellaswag, "--model", log_dir, "--data", examples_file,
+                                 "--device=cpu", "--out", tmp_path / "out.jsonl", *flags)
+        assert code == 0 and ("warning: bfloat16" in out) <= (dtype == "bfloat16")
+        loss_sums[dtype] = [row["loss_sums"] for row in read_jsonl(tmp_path / "out.jsonl")]
+    exact = np.array(loss_sums[""])
+    assert (exact == loss_sums["float32"]).all()
+    for dtype, tolerance in (("bfloat16", 5e-3), ("float16", 1e-3)):
+        assert 0 < abs(exact / loss_sums[dtype] - 1).max() < tolerance
+
+
 def test_a_hugging_face_folder_is_scored_with_its_own_tokenizer(call_main, tmp_path):
     tokenizer = train_bpe(["滿紙荒唐言，一把辛酸淚！都云作者痴，誰解其中味？"], 270)
     GPT2LMHeadModel(GPT2Config(vocab_size=270, n_positions=64, n_embd=32, n_layer=1,

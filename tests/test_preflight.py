@@ -76,6 +76,70 @@ def test_attention_on_a_mac_keeps_a_matrix_for_each_head():
     assert mps - cpu == 4 * 12 * (12 * 1024 * 1024 * 4)
 
 
+def test_a_cpu_in_16_bits_needs_room_for_copies_of_the_weights():
+    """Guards against an estimate without them: with few tokens, activations save less than that."""
+    def gain(flags):
+        exact, rounded = (estimate(flags, dtype, device=torch.device("cpu"))
+                          for dtype in (torch.float32, torch.bfloat16))
+        return (exact - rounded) / 2**20
+
+    # measured: -86 to -180 MB, with matmuls that return zeros, so that oneDNN needs no memory
+    assert -200 < gain("--B 4 --T 128") < -50
+    assert gain("--B 8 --T 1024") > 1000
+
+
+# -----------------------------------------------------------------------------
+# dtypes of a CPU
+
+X86 = dict(machine="x86_64", capability="AVX512", flags=["avx512_bf16"])
+
+
+@pytest.mark.parametrize("changes, fast, reason", [
+    ({}, True, "instructions for it (AVX512-BF16)"),
+    (dict(flags=["avx512_bf16", "amx_bf16"]), True, "(AVX512-BF16, AMX)"),
+    (dict(flags=["avx512_f"]), False, "has no instructions for it"),
+    (dict(capability="AVX2"), False, "ATEN_CPU_CAPABILITY rules out"),
+    (dict(env={"ONEDNN_MAX_CPU_ISA": "AVX2"}), False, "ONEDNN_MAX_CPU_ISA=AVX2 rules out"),
+    (dict(env={"DNNL_MAX_CPU_ISA": "avx512_core_vnni"}), False, "DNNL_MAX_CPU_ISA="),
+    (dict(env={"ONEDNN_MAX_CPU_ISA": "avx512_core_bf16", "DNNL_MAX_CPU_ISA": "AVX2"}), True, ""),
+    (dict(env={"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_AMX"}), True, ""),
+    (dict(env={"ONEDNN_MAX_CPU_ISA": "ALL"}), True, ""),
+    (dict(onednn=False), False, "has no instructions for it that torch uses"),
+    (dict(machine="aarch64", flags=[], arm=True), True, "Arm's BF16"),
+    (dict(machine="aarch64", flags=[], arm=False), False, "has no instructions"),
+    (dict(machine="arm64", flags=[], arm=True, system="darwin"), False, "has no instructions")])
+def test_a_cpu_computes_in_bfloat16_if_it_need_not_emulate_it(monkeypatch, changes, fast, reason):
+    """Guards against emulation, a hundred times as slow, and against a fast CPU left unused."""
+    values = {"env": {}, "onednn": True, "arm": False, "system": "linux"} | X86 | changes
+    for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in values["env"].items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(device.platform, "machine", lambda: values["machine"])
+    monkeypatch.setattr(device.sys, "platform", values["system"])
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: values["onednn"])
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: values["capability"])
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(values["flags"], True))
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: values["arm"])
+    cpu, dtype = torch.device("cpu"), torch.bfloat16 if fast else torch.float32
+    assert device.cpu_bfloat16()[0] == fast and reason in device.cpu_bfloat16()[1]
+    assert device.pick_dtype("auto", cpu) == dtype
+    assert device.explain_dtype("auto", cpu).startswith(f"computing in {str(dtype)[6:]}")
+    warning = device.explain_dtype("bfloat16", cpu)
+    assert warning is None if fast else "warning: " in warning
+    assert device.explain_dtype("float32", cpu) is None
+    assert device.pick_dtype("auto", torch.device("mps")) == torch.float32
+
+
+def test_check_says_in_which_dtype_a_cpu_computes(call_main, monkeypatch, tmp_path):
+    monkeypatch.setattr(device, "cpu_bfloat16", lambda: (True, "it has units"))
+    monkeypatch.setattr(preflight, "free_memory", lambda device: None)
+    flags = ["--data_dir", tmp_path, "--log_dir", tmp_path, "--preset", "cpu", "--check"]
+    out = call_main(train_gpt2, *flags, "--device", "cpu")[1]
+    assert "\ncomputing in bfloat16, because it has units\n" in out
+    assert "dtype" not in call_main(train_gpt2, *flags, "--dtype", "float32")[1].split("auto: ")[0]
+
+
 # -----------------------------------------------------------------------------
 # presets
 

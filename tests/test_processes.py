@@ -121,6 +121,24 @@ def test_fsdp_trains_like_ddp_and_each_resumes_the_other(data_dir, tmp_path, hel
     assert model.lm_head.weight.shape == (384, 32)
 
 
+@needs_fork
+def test_ddp_and_fsdp_train_in_bfloat16_as_one_process_does(data_dir, tmp_path):
+    """Guards against weights cast before the others' gradients, or an FSDP gather, changed them."""
+    def config(name, **changes):
+        return job_config(data_dir, tmp_path / name, dtype="bfloat16", B=2, max_lr=1e-2,
+                          max_steps=3, save_every=0, val_tokens=256, **changes)
+
+    results = run_jobs(tmp_path, [
+        Job(config("one")), Job(config("ddp"), world_size=2),
+        Job(config("fsdp", fsdp=True), world_size=2)])
+    assert [result.exit_codes for result in results] == [[0], [0, 0], [0, 0]]
+    for stream in ("train", "val"):
+        expected = read_log(tmp_path / "one", stream)
+        for name in ("ddp", "fsdp"):
+            assert read_log(tmp_path / name, stream) == pytest.approx(expected, abs=5e-3)
+    assert expected[0] - expected[3] > 0.1  # it learns
+
+
 @pytest.mark.parametrize("changes, world_size, message", [
     (dict(fsdp=True), 1, "start with torchrun"), (dict(fsdp=True, compile=True), 2, "leave out"),
     (dict(fsdp=True, dtype="float16"), 2, "--dtype bfloat16"),

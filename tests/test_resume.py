@@ -59,7 +59,8 @@ def options_for_epochs_of_four_updates(data_dir):
 
 
 @pytest.mark.parametrize("changes", [
-    {}, {"dtype": "float16"}, {"compile": True, "n_layer": 1}, "at the end of an epoch"], ids=str)
+    {}, {"dtype": "float16"}, {"dtype": "bfloat16", "B": 2}, {"compile": True, "n_layer": 1},
+    "at the end of an epoch"], ids=str)
 def test_resumed_run_equals_straight_run_bit_for_bit(data_dir, tmp_path, capsys, changes):
     if changes == "at the end of an epoch":
         changes = options_for_epochs_of_four_updates(data_dir)

@@ -39,8 +39,9 @@ def loss_and_gradients(model, x, y, dtype=None):
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    """Chunks so small that a small batch takes several, the last one short."""
+    """Chunks so small that a small batch takes several, the last one short, and parts of them."""
     monkeypatch.setattr(kernels, "CHUNK_ROWS", 24)
+    monkeypatch.setattr(kernels, "PRODUCT_ROWS", 50)
 
 
 def random_batch(seed=0, B=4):
@@ -61,6 +62,26 @@ def test_optimized_loss_and_gradients_are_those_of_the_plain_model(
         scale = max(gradient.abs().max().item(), 1e-3)
         assert (gradients[name] - gradient).abs().max() < tolerance * scale, name
         assert gradients[name].dtype == torch.float32
+
+
+def test_kept_casts_change_no_bit_of_gradients(onednn_at_any_size, small_chunks):
+    """Also if a forward without gradients has cast the weights first."""
+    results = []
+    for context in (nullcontext, kernels.kept_casts):
+        model, losses = optimized_model(), []
+        with context():
+            with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
+                model(random_batch()[0])
+            for seed in range(2):
+                with torch.autocast("cpu", torch.bfloat16):
+                    losses.append(model(*random_batch(seed))[1])
+                losses[-1].backward()
+        results.append((losses, {name: p.grad for name, p in model.named_parameters()}))
+    (expected_losses, expected), (losses, gradients) = results
+    assert losses == expected_losses
+    for name, gradient in expected.items():
+        assert gradient.any() and torch.equal(gradients[name], gradient), name
+    assert kernels.casts is None  # nothing outlives the context
 
 
 def test_optimize_shares_parameters_and_keeps_their_names():
@@ -107,11 +128,15 @@ def test_the_chunked_loss_is_the_cross_entropy(small_chunks, dtype, scale, toler
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_what_cuda_compiles_computes_what_a_cpu_computes(dtype):
-    """The two forms of the gradient of a chunk's logits."""
+def test_what_cuda_compiles_computes_what_a_cpu_computes(dtype, monkeypatch):
+    """The three forms of the gradient of a chunk's logits."""
     logits = 3 * torch.randn(20, 90, generator=torch.Generator().manual_seed(0))
     logits, targets = logits.to(dtype), torch.arange(20)
     expected_loss, expected = kernels.softmax_gradient_uncompiled(logits.clone(), targets)
+    monkeypatch.setattr(kernels, "SLICE_ROWS", 8)  # three slices, the last one short
+    sliced = logits.clone()
+    assert kernels.softmax_gradient_in_slices(sliced, targets) == pytest.approx(expected_loss)
+    assert torch.equal(sliced, expected)
     loss = kernels.softmax_gradient(logits, targets)  # overwrites the logits
     assert loss == expected_loss
     assert logits.dtype == dtype

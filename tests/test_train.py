@@ -2,12 +2,15 @@
 
 import math
 import re
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
 from conftest import parse_train_flags, read_log, tiny_config
+from torch.profiler import ProfilerActivity, profile
 
+import train_gpt2
 from gpt2lab import downloads, presets, shards
 from gpt2lab.checkpoints import find_checkpoint, load_checkpoint
 from gpt2lab.cli import UserError
@@ -169,11 +172,46 @@ def test_gradients_are_clipped(data_dir, tmp_path):
     assert clipped["train_loss"] > free["train_loss"]
 
 
-def test_bfloat16_autocast_changes_the_loss_a_little(data_dir, tmp_path):
-    exact = train(tiny_config(data_dir, tmp_path / "a"))["val_loss"]
-    rounded = train(tiny_config(data_dir, tmp_path / "b", dtype="bfloat16"))["val_loss"]
-    assert rounded != exact
-    assert rounded == pytest.approx(exact, abs=0.02)
+def test_bfloat16_learns_what_float32_learns(data_dir, tmp_path):
+    """
+    Guards against updates, and evaluations of weights and of their average, that use a copy in 16
+    bits of what the weights were before. The learning rate is so high that this would show.
+    """
+    losses = {}
+    for dtype in ("float32", "bfloat16"):
+        train(tiny_config(data_dir, tmp_path / dtype, dtype=dtype, max_steps=20, max_lr=1e-2,
+                          eval_every=10, val_tokens=256, sample_every=0, ema=0.5))
+        losses[dtype] = [read_log(tmp_path / dtype, stream)
+                         for stream in ("train", "val", "val_ema")]
+    for exact, rounded in zip(*losses.values(), strict=True):
+        assert exact != rounded
+        assert rounded == pytest.approx(exact, abs=0.02)
+    assert losses["float32"][0][0] - losses["float32"][0][19] > 0.5
+
+
+BFLOAT16_CODE = 15  # of torch.bfloat16 in a profile
+
+
+def test_a_weight_is_cast_once_an_update(data_dir, tmp_path, monkeypatch):
+    """Guards against a cast in each of the four micro-steps, in the loss and in LeanMLP, too."""
+    original = train_gpt2.training_step
+    casts, weights = Counter(), Counter()  # {shape: how many}
+
+    def training_step(run, *args):
+        with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
+            result = original(run, *args)
+        casts.update(tuple(event.input_shapes[0]) for event in profiler.events()
+                     if event.name == "aten::_to_copy"
+                     and event.concrete_inputs[1:2] == [BFLOAT16_CODE])
+        weights.update(tuple(p.shape) for name, p in run.raw_model.named_parameters()
+                       if re.search("attn|mlp|wte", name))
+        return result
+
+    monkeypatch.setattr(train_gpt2, "training_step", training_step)
+    train(tiny_config(data_dir, tmp_path, dtype="bfloat16", B=2, max_steps=1, eval_every=0,
+                      sample_every=0))
+    activations = {(2, 32, 32), (64, 32)}  # (B, T, C) and (B * T, C)
+    assert {shape: n for shape, n in casts.items() if shape not in activations} == weights
 
 
 def test_evaluation_does_not_change_training(data_dir, tmp_path, hellaswag_examples):
