@@ -14,7 +14,6 @@ import sys
 import threading
 import time
 import zipfile
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -201,13 +200,15 @@ def copy_to_host(value: Any, kept: dict, shared: dict, place: tuple = ()) -> Any
     return shared[memory]
 
 
-def lower_priority() -> None:
-    """Let this thread compute where others leave a core idle, and a little beyond that (Linux)."""
-    if sys.platform == "linux":  # elsewhere, this would be the priority of the whole process
-        with suppress(OSError):
-            thread = threading.get_native_id()
-            os.setpriority(os.PRIO_PROCESS, thread,
-                           os.getpriority(os.PRIO_PROCESS, thread) + NICENESS)
+def set_niceness(thread: threading.Thread, niceness: int) -> None:
+    """
+    Let a thread stand back by `niceness` behind this one (Linux). To bring it back to 0 is allowed
+    to root only, so without root this does nothing.
+    """
+    if sys.platform == "linux" and thread.native_id:  # elsewhere, a whole process has a priority
+        with suppress(OSError):  # not allowed, or the thread has ended
+            os.setpriority(os.PRIO_PROCESS, thread.native_id,
+                           os.getpriority(os.PRIO_PROCESS, 0) + niceness)
 
 
 class Saver:
@@ -224,15 +225,21 @@ class Saver:
     """
 
     def __init__(self, run: Any, resumed_from: str | None) -> None:
+        # imported now, because the import takes a second, and would be part of the first pause
+        import torch.distributed.checkpoint.state_dict
         self.newest = resumed_from
         self._run = run
-        self._pool = ThreadPoolExecutor(1, initializer=lower_priority)
-        self._future: Future | None = None  # of the write that has begun last
+        self._thread: threading.Thread | None = None  # of the write that has begun last
         self._stopped = threading.Event()
         # the copies stay for the next save, because memory from the system costs page faults, which
         # take longer than the copy
         self._kept: dict[tuple, torch.Tensor] = {}
         self._has_room: bool | None = None  # for the copies. Not known before the first save
+
+    @property
+    def writing(self) -> bool:
+        """Whether the thread is writing a file. Always False on ranks other than the master."""
+        return self._thread is not None and self._thread.is_alive()
 
     def save(self, step: int, wait: bool = False) -> None:
         """
@@ -241,13 +248,13 @@ class Saver:
         return when the file is written. Waits for the file of the step before, if there is one.
         """
         start, run = time.perf_counter(), self._run
-        if self._future and not self._future.done():
+        if self.writing:
             run.ranks.print0(f"step {step}: waiting until the checkpoint before it is written")
         self.wait()
         background = not wait and run.ranks.master_process and self._find_room()
         state = gather_state(run.raw_model, run.optimizer, run.average)
+        self.newest = None
         if not run.ranks.master_process:
-            self.newest = None
             return
         if background and not run.config.fsdp:  # with FSDP, the gathered state is a copy already
             state, background = self._copy(state)
@@ -259,9 +266,11 @@ class Saver:
             "machine": machine_settings(run.ranks, run.dtype)}
         if background:
             pause = time.perf_counter() - start
-            self._future = self._pool.submit(self._write, checkpoint, start, pause)
+            self._thread = threading.Thread(target=self._write, args=(checkpoint, start, pause))
+            self._thread.start()  # not a daemon, so that the process does not end before it
+            set_niceness(self._thread, NICENESS)
         else:
-            self.newest = self._write(checkpoint, start)
+            self._write(checkpoint, start)
 
     def _find_room(self) -> bool:
         """Whether there is memory for the copies. The first call decides for the whole run."""
@@ -293,10 +302,10 @@ class Saver:
         self._say_no_room()
         return state, False
 
-    def _write(self, checkpoint: dict, start: float, pause: float | None = None) -> str | None:
+    def _write(self, checkpoint: dict, start: float, pause: float | None = None) -> None:
         """
         Write a checkpoint, whose save began at the time `start` and stopped training for `pause`
-        seconds if this is the thread. Returns its path, None if it cannot be written.
+        seconds if this is the thread. Sets `newest`, unless the file cannot be written.
         """
         run, step = self._run, checkpoint["step"]
         path = path_of_step(run.config.log_dir, step)
@@ -306,17 +315,18 @@ class Saver:
             if not self._stopped.is_set():
                 run.ranks.print0(f"warning: step {step} is not saved, training goes on, and older "
                                  f"checkpoints stay: {first_line(error)}")
-            return None
+            return
+        self.newest = str(path)
         paused = "" if pause is None else f", training paused {pause:.2f}s"
         run.ranks.print0(f"saved {path} in {time.perf_counter() - start:.1f}s{paused}")
         prune_checkpoints(run.config.log_dir, run.config.keep_last, run.config.keep_every)
-        return str(path)
 
     def wait(self) -> None:
         """Return when the file that is being written, if there is one, is complete or has failed"""
-        if self._future:
-            self.newest = self._future.result()
-            self._future = None
+        if self._thread:
+            set_niceness(self._thread, 0)
+            self._thread.join()
+            self._thread = None
 
     def __enter__(self) -> "Saver":
         return self
@@ -333,7 +343,6 @@ class Saver:
             self._stopped.set()
             raise
         finally:
-            self._pool.shutdown()
             self._kept.clear()
 
 
