@@ -7,6 +7,7 @@ flushed to disk and then renamed, so that a crash or a full disk never leaves ha
 A thread writes it from a copy of the state, so that training goes on meanwhile.
 """
 
+import ctypes
 import errno
 import os
 import re
@@ -14,6 +15,7 @@ import sys
 import threading
 import time
 import zipfile
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -177,26 +179,45 @@ def has_room_for_copy(free: int | None, copy: int) -> bool:
     return free is None or free > 1.25 * copy
 
 
-def copy_to_host(value: Any, kept: dict, shared: dict, place: tuple = ()) -> Any:
+def copy_tensor(target: torch.Tensor, source: torch.Tensor) -> None:
+    """Copy a tensor to host memory."""
+    if source.device.type == "cpu" and source.is_contiguous():
+        # with one thread, since it reaches the memory's speed. torch uses all cores, and wherever
+        # one of them has something else to do, each tensor waits for it
+        ctypes.memmove(target.data_ptr(), source.data_ptr(), source.nbytes)
+    else:
+        target.copy_(source)
+
+
+def fetch_memory(target: torch.Tensor, source: torch.Tensor) -> None:
+    """Write zeros to a tensor in host memory, so that the system provides this memory."""
+    ctypes.memset(target.data_ptr(), 0, target.nbytes)
+
+
+def copy_to_host(value: Any, kept: dict, shared: dict, copy: Callable = copy_tensor,
+                 place: tuple = ()) -> Any:
     """
-    A copy of nested dicts, lists and tuples whose tensors are in host memory. Tensors in the same
-    memory, which `shared` collects, share a copy. `kept` holds the copies by their `place` in
-    `value`: the next call with the same `kept` uses their memory again.
+    A copy of nested dicts, lists and tuples whose tensors are in host memory, where
+    `copy(target, source)` has written them. Tensors in the same memory, which `shared` collects,
+    share a copy. `kept` holds the copies by their `place` in `value`: the next call with the same
+    `kept` uses their memory again.
     """
     # not a closure that calls itself: it would be a reference cycle and keep the copies alive
     if isinstance(value, dict):
-        return {key: copy_to_host(item, kept, shared, (*place, key)) for key, item in value.items()}
+        return {key: copy_to_host(item, kept, shared, copy, (*place, key))
+                for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(copy_to_host(item, kept, shared, (*place, i))
+        return type(value)(copy_to_host(item, kept, shared, copy, (*place, i))
                            for i, item in enumerate(value))
     if not isinstance(value, torch.Tensor):
         return value
     memory = (value.data_ptr(), value.shape, value.dtype)
     if memory not in shared:
-        copy = kept.get(place)
-        if copy is None or (copy.shape, copy.dtype) != (value.shape, value.dtype):
-            copy = kept[place] = torch.empty_like(value, device="cpu")
-        shared[memory] = copy.copy_(value)
+        target = kept.get(place)
+        if target is None or (target.shape, target.dtype) != (value.shape, value.dtype):
+            target = kept[place] = torch.empty_like(value, device="cpu")
+        copy(target, value)
+        shared[memory] = target
     return shared[memory]
 
 
@@ -209,6 +230,21 @@ def set_niceness(thread: threading.Thread, niceness: int) -> None:
         with suppress(OSError):  # not allowed, or the thread has ended
             os.setpriority(os.PRIO_PROCESS, thread.native_id,
                            os.getpriority(os.PRIO_PROCESS, 0) + niceness)
+
+
+def start_quietly(function: Callable, *args: Any) -> threading.Thread:
+    """Start a thread that calls `function` at low priority. The process ends after it."""
+    thread = threading.Thread(target=function, args=args)
+    thread.start()
+    set_niceness(thread, NICENESS)
+    return thread
+
+
+def finish(thread: threading.Thread | None) -> None:
+    """Return when a thread, if there is one, has ended. It need not stand back any more."""
+    if thread:
+        set_niceness(thread, 0)
+        thread.join()
 
 
 class Saver:
@@ -231,10 +267,15 @@ class Saver:
         self._run = run
         self._thread: threading.Thread | None = None  # of the write that has begun last
         self._stopped = threading.Event()
-        # the copies stay for the next save, because memory from the system costs page faults, which
-        # take longer than the copy
+        # the copies stay for the next save, because to fetch memory from the system takes several
+        # times as long as the copy
         self._kept: dict[tuple, torch.Tensor] = {}
-        self._has_room: bool | None = None  # for the copies. Not known before the first save
+        self._has_room: bool | None = None  # for the copies. Not known before the first update
+        # for the first save, a thread fetches the memory after the first update, which has made the
+        # state of the optimizer
+        self._fetching: threading.Thread | None = None
+        if run.ranks.master_process and run.config.save_every and not run.config.fsdp:
+            self._hook = run.optimizer.register_step_post_hook(lambda *_: self._fetch_memory())
 
     @property
     def writing(self) -> bool:
@@ -248,6 +289,7 @@ class Saver:
         return when the file is written. Waits for the file of the step before, if there is one.
         """
         start, run = time.perf_counter(), self._run
+        finish(self._fetching)
         if self.writing:
             run.ranks.print0(f"step {step}: waiting until the checkpoint before it is written")
         self.wait()
@@ -266,11 +308,17 @@ class Saver:
             "machine": machine_settings(run.ranks, run.dtype)}
         if background:
             pause = time.perf_counter() - start
-            self._thread = threading.Thread(target=self._write, args=(checkpoint, start, pause))
-            self._thread.start()  # not a daemon, so that the process does not end before it
-            set_niceness(self._thread, NICENESS)
+            self._thread = start_quietly(self._write, checkpoint, start, pause)
         else:
             self._write(checkpoint, start)
+
+    def _fetch_memory(self) -> None:
+        """Let a thread fetch the memory for the copies. Called after the first update."""
+        self._hook.remove()
+        if self._find_room():
+            state = gather_state(self._run.raw_model, self._run.optimizer, self._run.average)
+            self._fetching = start_quietly(
+                copy_to_host, state, self._kept, {}, fetch_memory)
 
     def _find_room(self) -> bool:
         """Whether there is memory for the copies. The first call decides for the whole run."""
@@ -323,10 +371,8 @@ class Saver:
 
     def wait(self) -> None:
         """Return when the file that is being written, if there is one, is complete or has failed"""
-        if self._thread:
-            set_niceness(self._thread, 0)
-            self._thread.join()
-            self._thread = None
+        finish(self._thread)
+        self._thread = None
 
     def __enter__(self) -> "Saver":
         return self
@@ -338,6 +384,7 @@ class Saver:
         elif error_type:
             say_alive()
         try:
+            finish(self._fetching)
             self.wait()
         except KeyboardInterrupt:
             self._stopped.set()
