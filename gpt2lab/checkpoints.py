@@ -317,8 +317,7 @@ class Saver:
         self._hook.remove()
         if self._find_room():
             state = gather_state(self._run.raw_model, self._run.optimizer, self._run.average)
-            self._fetching = start_quietly(
-                copy_to_host, state, self._kept, {}, fetch_memory)
+            self._fetching = start_quietly(self._copy, state, fetch_memory)
 
     def _find_room(self) -> bool:
         """Whether there is memory for the copies. The first call decides for the whole run."""
@@ -338,10 +337,10 @@ class Saver:
         print(f"training pauses while a checkpoint is written, because {self._size / 2**30:.2f} "
               "GiB of the host's memory for a copy of the state are not free", flush=True)
 
-    def _copy(self, state: dict) -> tuple[dict, bool]:
+    def _copy(self, state: dict, copy: Callable = copy_tensor) -> tuple[dict, bool]:
         """(a copy of `state`, True), or (`state` itself, False) if memory runs out."""
         try:
-            return copy_to_host(state, self._kept, {}), True
+            return copy_to_host(state, self._kept, {}, copy), True
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
