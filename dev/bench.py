@@ -29,6 +29,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import types
 from collections import deque
@@ -643,37 +644,41 @@ def bench_loop(num_updates=4):
     return {"share": share, "all": shares}
 
 
-def bench_save(num_saves=3, num_updates=4):
+def bench_save(num_saves=3, num_updates=5):
     """
     How long saving 124M stops training, in the background and in the foreground, and how much
-    longer an update of 512 tokens takes while the file is written.
+    longer an update of 512 tokens takes while the thread writes than while it is held up.
     """
     kernels.tune_malloc()
-    pauses, foreground, alone, meanwhile = [], [], [], []
+    may_write, write = threading.Event(), checkpoints.StoppableFile.write
+    checkpoints.StoppableFile.write = lambda *args: may_write.wait() and write(*args)
+    pauses, foreground, updates = [], [], {False: [], True: []}
     with tempfile.TemporaryDirectory() as folder:
         run = set_up_124m(folder, total_batch_size=512)
         batches = prefetch(run.train_loader.batches(0), run.ranks.device)
 
         def update():
-            return seconds_of(lambda: train_gpt2.training_step(run, 0, batches, Signals()))
+            train_gpt2.training_step(run, 0, batches, Signals())
 
         with checkpoints.Saver(run, None) as saver:
-            update()  # allocates memory
             for step in range(num_saves):
-                alone += [update() for _ in range(num_updates)]
-                pauses.append(seconds_of(lambda step=step: saver.save(step)))
-                for _ in range(num_updates):
-                    seconds = update()
-                    meanwhile += [seconds] if saver.writing else []
+                update()
+                pauses.append(seconds_of(functools.partial(saver.save, step)))
+                for writes in [False, True] * num_updates:
+                    (may_write.set if writes else may_write.clear)()
+                    seconds = seconds_of(update)
+                    updates[writes] += [seconds] if saver.writing else []
+                may_write.set()
                 saver.wait()
-                foreground.append(seconds_of(lambda step=step: saver.save(step, wait=True)))
+                foreground.append(seconds_of(functools.partial(saver.save, step, wait=True)))
         batches.close()
-    slowdown = statistics.median(meanwhile) / statistics.median(alone) - 1
-    result = {"pauses": pauses, "foreground": statistics.median(foreground), "slowdown": slowdown,
-              "updates_meanwhile": len(meanwhile), "mb": resident_mb()}
+    checkpoints.StoppableFile.write = write
+    alone, meanwhile = (statistics.median(updates[writes]) for writes in (False, True))
+    result = {"pauses": pauses, "foreground": statistics.median(foreground),
+              "slowdown": meanwhile / alone - 1, "updates": updates, "mb": peak_mb()}
     print(f"a save stops training for {statistics.median(pauses):.2f} s (the first for "
-          f"{pauses[0]:.2f} s), in the foreground for {result['foreground']:.1f} s; "
-          f"{len(meanwhile)} updates during a write took {slowdown:+.1%} of time")
+          f"{pauses[0]:.2f} s), in the foreground for {result['foreground']:.1f} s; an update of "
+          f"{alone:.2f} s takes {result['slowdown']:+.1%} of time during a write")
     return result
 
 
