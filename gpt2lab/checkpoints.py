@@ -88,26 +88,6 @@ def is_sharded(raw_model: nn.Module) -> bool:
     return any(isinstance(p, DTensor) for p in raw_model.parameters())
 
 
-def save_checkpoint(log_dir: str | Path, step: int, raw_model: nn.Module,
-                    optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
-                    extra: dict, average: nn.Module | None = None) -> Path:
-    """
-    Write model_{step}.pt of a single process, with the items of `extra` added. Returns its path.
-    Raises OSError if the file cannot be written; older checkpoints stay untouched.
-    """
-    checkpoint = {"step": step, **gather_state(raw_model, optimizer, average),
-                  "model_config": dict(vars(raw_model.config)), "scaler": scaler.state_dict(),
-                  **extra}
-    path = path_of_step(log_dir, step)
-    write_checkpoint(path, checkpoint, threading.Event())
-    return path
-
-
-def path_of_step(log_dir: str | Path, step: int) -> Path:
-    """The file that holds the checkpoint of a step."""
-    return Path(log_dir) / f"model_{step:05d}.pt"
-
-
 class StoppableFile:
     """What torch.save needs of a file. Once the event `stopped` is set, a write fails."""
 
@@ -355,7 +335,7 @@ class Saver:
         seconds if this is the thread. Sets `newest`, unless the file cannot be written.
         """
         run, step = self._run, checkpoint["step"]
-        path = path_of_step(run.config.log_dir, step)
+        path = Path(run.config.log_dir) / f"model_{step:05d}.pt"
         try:
             write_checkpoint(path, checkpoint, self._stopped)
         except (OSError, MemoryError) as error:  # a full disk may have room again at the next one
