@@ -368,8 +368,6 @@ class Saver:
         except KeyboardInterrupt:
             self._stopped.set()
             raise
-        finally:
-            self._kept.clear()
 
 
 # -----------------------------------------------------------------------------
