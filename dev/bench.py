@@ -661,6 +661,7 @@ def bench_save(num_saves=3, num_updates=5):
             train_gpt2.training_step(run, 0, batches, Signals())
 
         with checkpoints.Saver(run, None) as saver:
+            update()  # a thread fetches the memory for the copy after it
             for step in range(num_saves):
                 update()
                 pauses.append(seconds_of(functools.partial(saver.save, step)))
