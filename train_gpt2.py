@@ -656,23 +656,22 @@ def train(config):
     device = run.ranks.device
     batches = prefetch(run.train_loader.batches(start_step), device)
     result = dict.fromkeys(("train_loss", "val_loss", "bits_per_byte", "val_ema"))
-    result["checkpoint"] = resumed_from
+    saver = checkpoints.Saver(run, resumed_from)
     start_time, first_t0, bad_steps, stop, save_now = time.perf_counter(), None, 0, False, False
-    with Signals(distributed.watch_for_lost_ranks) as signals, paused_gc():
+    with Signals(distributed.watch_for_lost_ranks) as signals, paused_gc(), saver:
         # one round more than there are updates, so that the last update is evaluated and saved, too
         for step in range(start_step, config.max_steps + 1):
-            # once in a while: a checkpoint (all ranks take part, the master writes), before the
-            # evaluation, which takes long and may fail
+            # once in a while: a checkpoint (all ranks), before the evaluation, which may fail
             save_due = due(config.save_every, step, config)
             if step > start_step and (save_due or save_now or stop):
-                result["checkpoint"] = checkpoints.save_run(run, step)
+                saver.save(step, wait=stop)
                 signals.save = False
             if stop:
                 break
             # once in a while: validation loss and HellaSwag (all ranks), samples (the master)
             stop = evaluate(run, step, result, signals)
             if stop and step > start_step and not save_due:
-                result["checkpoint"] = checkpoints.save_run(run, step)
+                saver.save(step, wait=True)
             if stop:
                 break
             # once in a while: the curves so far (the master)
@@ -690,14 +689,15 @@ def train(config):
             result["train_loss"], lr = train_loss, get_lr(step, config)
             run.log(step, train=train_loss, lr=lr, norm=norm)
             if not finite:
-                bad_steps = report.skipped_update(run, step, train_loss, norm, bad_steps)
+                bad_steps = report.skipped_update(run, step, train_loss, norm, bad_steps, saver)
                 continue
             bad_steps = 0
             if step % max(config.print_every, 1) == 0 or step == config.max_steps - 1:
                 seconds_per_step = (time.perf_counter() - first_t0) / (step + 1 - start_step)
                 report.update(run, step, train_loss, lr, norm, dt, seconds_per_step)
     batches.close()
-    return result | {"step": step, "seconds": time.perf_counter() - start_time, "stopped": stop}
+    return result | {"step": step, "seconds": time.perf_counter() - start_time, "stopped": stop,
+                     "checkpoint": saver.newest}
 
 
 def main():

@@ -9,6 +9,7 @@ Measures the speeds that this project claims, each beside a peer where there is 
     python -m dev.bench sample      # tokens a second, beside Hugging Face and CTranslate2
     python -m dev.bench step        # training GPT-2 124M, beside plain PyTorch and Hugging Face
     python -m dev.bench loop        # what an update spends outside of forward and backward
+    python -m dev.bench save        # how long saving 124M stops training, and what it slows down
     python -m dev.bench memory      # a long step: seconds and peak memory, beside plain PyTorch
     python -m dev.bench gpu         # training on a CUDA device, beside plain PyTorch; losses
 
@@ -29,6 +30,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import types
 from collections import deque
@@ -42,7 +44,7 @@ import train_gpt2
 from dev.bench_evaluate import bench_evaluate
 from dev.bench_gpu import bench_gpu
 from dev.measure import RemoteObject, median_seconds, peak_mb, resident_mb, sgemm_gflops
-from gpt2lab import kernels, scoring, shards, sources, tasks
+from gpt2lab import checkpoints, kernels, scoring, shards, sources, tasks
 from gpt2lab.cli import make_parser, run_main
 from gpt2lab.device import autocast, cpu_bfloat16, flops_per_token, prefetch
 from gpt2lab.distributed import Ranks
@@ -650,18 +652,24 @@ def time_training_steps(run, num_updates):
     return seconds, shares[1:]
 
 
+def set_up_124m(folder, total_batch_size):
+    """A Run that trains GPT-2 124M from scratch with B=4 and T=128; its files are in `folder`."""
+    tokens = Tokenizer("gpt2").encode("\n".join(english_texts())[:4_000_000])
+    for index, split in enumerate(shards.SPLITS):
+        np.save(Path(folder) / shards.shard_name(split, index), np.uint16(tokens))
+    run, _, _ = train_gpt2.setup(train_gpt2.TrainConfig(
+        data_dir=folder, log_dir=folder, B=4, T=128, total_batch_size=total_batch_size,
+        hellaswag_every=0, keep_last=1, device="cpu", dtype="float32"))
+    return run
+
+
 def bench_loop(num_updates=4):
     """
     The share of a 124M update that is not forward or backward: loader, optimizer, log, and asking
     all ranks whether to stop.
     """
-    tokens = Tokenizer("gpt2").encode("\n".join(english_texts())[:4_000_000])
     with tempfile.TemporaryDirectory() as folder:
-        for index, split in enumerate(shards.SPLITS):
-            np.save(Path(folder) / shards.shard_name(split, index), np.uint16(tokens))
-        run, _, _ = train_gpt2.setup(train_gpt2.TrainConfig(
-            data_dir=folder, log_dir=folder, B=4, T=128, total_batch_size=2048, hellaswag_every=0,
-            device="cpu", dtype="float32"))
+        run = set_up_124m(folder, total_batch_size=2048)
         seconds, shares = time_training_steps(run, num_updates)
     share = statistics.median(shares)
     print(f"an update of 2,048 tokens takes {seconds:.1f} s, {share:.1%} of it outside of forward "
@@ -669,10 +677,56 @@ def bench_loop(num_updates=4):
     return {"share": share, "all": shares}
 
 
+def bench_save(num_saves=3, num_updates=5):
+    """
+    How long saving 124M stops training, in the background and in the foreground, and how much
+    longer an update of 512 tokens takes while the thread writes than while it is held up.
+    """
+    kernels.tune_malloc()
+    may_write, write = threading.Event(), checkpoints.StoppableFile.write
+    checkpoints.StoppableFile.write = lambda *args: may_write.wait() and write(*args)
+    pauses, foreground, updates = [], [], {False: [], True: []}
+    with tempfile.TemporaryDirectory() as folder:
+        run = set_up_124m(folder, total_batch_size=512)
+        batches = prefetch(run.train_loader.batches(0), run.ranks.device)
+
+        def update():
+            train_gpt2.training_step(run, 0, batches, Signals())
+
+        with checkpoints.Saver(run, None) as saver:
+            update()  # a thread fetches the memory for the copy after it
+            for step in range(num_saves):
+                update()
+                pauses.append(seconds_of(functools.partial(saver.save, step)))
+                for writes in [False, True] * num_updates:
+                    (may_write.set if writes else may_write.clear)()
+                    seconds = seconds_of(update)
+                    updates[writes] += [seconds] if saver.writing else []
+                may_write.set()
+                saver.wait()
+                foreground.append(seconds_of(functools.partial(saver.save, step, wait=True)))
+        batches.close()
+    checkpoints.StoppableFile.write = write
+    alone, meanwhile = (statistics.median(updates[writes]) for writes in (False, True))
+    result = {"pauses": pauses, "foreground": statistics.median(foreground),
+              "slowdown": meanwhile / alone - 1, "updates": updates, "mb": peak_mb()}
+    print(f"a save stops training for {statistics.median(pauses):.2f} s (the first for "
+          f"{pauses[0]:.2f} s), in the foreground for {result['foreground']:.1f} s; an update of "
+          f"{alone:.2f} s takes {result['slowdown']:+.1%} of time during a write")
+    return result
+
+
+def seconds_of(function):
+    """How long a call takes."""
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
 # name on the command line: function that prints a table and returns plain values
 BENCHES = {"data": bench_data, "loader": bench_loader, "hellaswag": bench_hellaswag,
            "evaluate": bench_evaluate, "sample": bench_sample, "step": bench_step,
-           "memory": bench_memory, "loop": bench_loop, "gpu": bench_gpu}
+           "memory": bench_memory, "loop": bench_loop, "save": bench_save, "gpu": bench_gpu}
 
 
 def main():

@@ -4,25 +4,39 @@ Checkpoints: how a run is saved, found again and resumed.
 model_{step}.pt holds only tensors and plain values: the weights, the optimizer's state, the scale
 of the float16 loss, the configuration and the tokenizer. It is written under a temporary name,
 flushed to disk and then renamed, so that a crash or a full disk never leaves half a checkpoint.
+A thread writes it from a copy of the state, so that training goes on meanwhile.
 """
 
+import ctypes
+import errno
 import os
 import re
 import sys
+import threading
 import time
 import zipfile
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, BinaryIO
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from gpt2lab import foreign, pretrained
-from gpt2lab.cli import UserError, env_int, env_rank, list_differences
-from gpt2lab.device import pick_dtype
-from gpt2lab.distributed import Ranks, on_master, sum_over_ranks
+from gpt2lab.cli import (
+    UserError,
+    env_int,
+    env_rank,
+    first_line,
+    is_out_of_memory,
+    list_differences,
+)
+from gpt2lab.device import free_memory, pick_dtype
+from gpt2lab.distributed import Ranks, on_master, say_alive, sum_over_ranks
 from gpt2lab.files import write_atomically
 from gpt2lab.lock import lock_log_dir
 from gpt2lab.tokenizer import Tokenizer
@@ -39,35 +53,64 @@ RESUME_KEYS = ("total_batch_size", "T", "seed", "shuffle", "max_steps", "max_lr"
 # writing
 
 
-def save_checkpoint(log_dir: str | Path, step: int, raw_model: nn.Module,
-                    optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
-                    extra: dict, average: nn.Module | None = None) -> Path | None:
+def gather_state(raw_model: nn.Module, optimizer: torch.optim.Optimizer,
+                 average: nn.Module | None = None) -> dict[str, Any]:
     """
-    Write model_{step}.pt on the master, with the items of `extra` added. All ranks must call this,
-    because the parameters of sharded models are gathered. Returns the path on the master, None on
-    the other ranks. Raises OSError if the file cannot be written; older checkpoints stay untouched.
+    {"model", "optimizer" and, with an average of the weights, "ema"}: names and tensors of a run
+    without "module." or "_orig_mod.", so that they do not depend on the number of ranks. The
+    tensors are the run's own. Those of a sharded model are gathered instead, in the host memory of
+    the master, which all ranks must take part in; the other ranks get empty dicts.
     """
     from torch.distributed.checkpoint.state_dict import (
         StateDictOptions,
         get_model_state_dict,
         get_state_dict,
     )
-    # unsharded tensors on the CPU of rank 0, under the parameter names of raw_model without
-    # "module." or "_orig_mod.": the file does not depend on the number of ranks
-    options = StateDictOptions(full_state_dict=True, cpu_offload=dist.is_initialized())
+    sharded = is_sharded(raw_model)
+    options = StateDictOptions(full_state_dict=True, cpu_offload=sharded)
     model_state, optimizer_state = get_state_dict(raw_model, optimizer, options=options)
-    ema = {} if average is None else {"ema": get_model_state_dict(average, options=options)}
-    if dist.is_initialized() and dist.get_rank() > 0:
-        return None
-    checkpoint = {"step": step, "model": model_state, "optimizer": optimizer_state,
-                  "model_config": dict(vars(raw_model.config)), "scaler": scaler.state_dict(),
-                  **ema, **extra}
-    path = Path(log_dir) / f"model_{step:05d}.pt"
+    state = {"model": model_state, "optimizer": optimizer_state}
+    if average is not None:
+        state["ema"] = get_model_state_dict(average, options=options)
+    if sharded and model_state:
+        for weights in (state["model"], state.get("ema", {})):
+            if weights:  # the tied matrix has been gathered twice
+                weights["lm_head.weight"] = weights["transformer.wte.weight"]
+        # the counts of updates are not sharded. They still are the optimizer's own
+        for values in optimizer_state["state"].values():
+            values["step"] = values["step"].clone()
+    return state
+
+
+def is_sharded(raw_model: nn.Module) -> bool:
+    """Whether FSDP has shared a model out over the ranks."""
+    from torch.distributed.tensor import DTensor
+    return any(isinstance(p, DTensor) for p in raw_model.parameters())
+
+
+class StoppableFile:
+    """What torch.save needs of a file. Once the event `stopped` is set, a write fails."""
+
+    def __init__(self, file: BinaryIO, stopped: threading.Event) -> None:
+        self.file, self.stopped = file, stopped
+        self.flush = file.flush
+
+    def write(self, data: Any) -> int:
+        """Write bytes. Raises OSError."""
+        if self.stopped.is_set():
+            raise OSError(errno.ECANCELED, os.strerror(errno.ECANCELED))
+        return self.file.write(data)
+
+
+def write_checkpoint(path: Path, checkpoint: dict, stopped: threading.Event) -> None:
+    """
+    Write a checkpoint under a temporary name and rename it to `path`. Raises OSError if it cannot
+    be written, or if another thread has set `stopped`; the temporary file is then removed.
+    """
     try:
-        write_atomically(path, lambda file: torch.save(checkpoint, file))
+        write_atomically(path, lambda file: torch.save(checkpoint, StoppableFile(file, stopped)))
     except RuntimeError as error:  # torch raises this after a write has failed with an OSError
         raise OSError(error.__context__ or error) from error
-    return path
 
 
 def resume_settings(config: Any, data_fingerprint: str) -> dict:
@@ -80,29 +123,6 @@ def machine_settings(ranks: Ranks, dtype: torch.dtype) -> dict:
     return {"device": ranks.device.type, "dtype": str(dtype).removeprefix("torch."),
             "threads": torch.get_num_threads(), "torch": str(torch.__version__),
             "processes": ranks.ddp_world_size}
-
-
-def save_run(run: Any, step: int) -> str | None:
-    """
-    Write the checkpoint of a Run of train_gpt2.py, delete old ones, and print a line. Returns the
-    path, None on ranks other than the master, or if the file cannot be written.
-    """
-    config, start = run.config, time.perf_counter()
-    extra = {"config": asdict(config), "tokenizer": run.tokenizer.state(),
-             "recipe": resume_settings(config, run.train_loader.fingerprint),
-             "machine": machine_settings(run.ranks, run.dtype)}
-    try:
-        path = save_checkpoint(
-            config.log_dir, step, run.raw_model, run.optimizer, run.scaler, extra, run.average)
-    except OSError as error:  # a full disk may have room again at the next checkpoint
-        run.ranks.print0(f"warning: step {step} is not saved, training goes on, and older "
-                         f"checkpoints stay: {error}")
-        return None
-    run.ranks.print0(f"saved {path} in {time.perf_counter() - start:.1f}s")
-    if path is None:  # not the master
-        return None
-    prune_checkpoints(config.log_dir, config.keep_last, config.keep_every)
-    return str(path)
 
 
 def prune_checkpoints(log_dir: str | Path, keep_last: int, keep_every: int) -> None:
@@ -122,6 +142,232 @@ def prune_checkpoints(log_dir: str | Path, keep_last: int, keep_every: int) -> N
         except OSError as error:
             print(f"warning: the old checkpoint {paths[step]} cannot be deleted and stays: "
                   f"{error.strerror}")
+
+
+# -----------------------------------------------------------------------------
+# writing while training goes on
+
+# of the thread that writes. Where training uses all cores, the thread gets a tenth of one
+NICENESS = 10
+
+
+def has_room_for_copy(free: int | None, copy: int) -> bool:
+    """
+    Whether the host's free memory in bytes, None if it is not known, is enough for a copy of a
+    run's state, and for a quarter of it to spare.
+    """
+    return free is None or free > 1.25 * copy
+
+
+def copy_tensor(target: torch.Tensor, source: torch.Tensor) -> None:
+    """Copy a tensor to host memory."""
+    if source.device.type == "cpu" and source.is_contiguous():
+        # with one thread, since it reaches the memory's speed. torch uses all cores, and wherever
+        # one of them has something else to do, each tensor waits for it
+        ctypes.memmove(target.data_ptr(), source.data_ptr(), source.nbytes)
+    else:
+        target.copy_(source)
+
+
+def fetch_memory(target: torch.Tensor, source: torch.Tensor) -> None:
+    """Write zeros to a tensor in host memory, so that the system provides this memory."""
+    ctypes.memset(target.data_ptr(), 0, target.nbytes)
+
+
+def copy_to_host(value: Any, kept: dict, shared: dict, copy: Callable = copy_tensor,
+                 place: tuple = ()) -> Any:
+    """
+    A copy of nested dicts, lists and tuples whose tensors are in host memory, where
+    `copy(target, source)` has written them. Tensors in the same memory, which `shared` collects,
+    share a copy. `kept` holds the copies by their `place` in `value`: the next call with the same
+    `kept` uses their memory again.
+    """
+    # not a closure that calls itself: it would be a reference cycle and keep the copies alive
+    if isinstance(value, dict):
+        return {key: copy_to_host(item, kept, shared, copy, (*place, key))
+                for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(copy_to_host(item, kept, shared, copy, (*place, i))
+                           for i, item in enumerate(value))
+    if not isinstance(value, torch.Tensor):
+        return value
+    memory = (value.data_ptr(), value.shape, value.dtype)
+    if memory not in shared:
+        target = kept.get(place)
+        if target is None or (target.shape, target.dtype) != (value.shape, value.dtype):
+            target = kept[place] = torch.empty_like(value, device="cpu")
+        copy(target, value)
+        shared[memory] = target
+    return shared[memory]
+
+
+def set_niceness(thread: threading.Thread, niceness: int) -> None:
+    """
+    Let a thread stand back by `niceness` behind this one (Linux). To bring it back to 0 is allowed
+    to root only, so without root this does nothing.
+    """
+    if sys.platform == "linux" and thread.native_id:  # elsewhere, a whole process has a priority
+        with suppress(OSError):  # not allowed, or the thread has ended
+            os.setpriority(os.PRIO_PROCESS, thread.native_id,
+                           os.getpriority(os.PRIO_PROCESS, 0) + niceness)
+
+
+def start_quietly(function: Callable, *args: Any) -> threading.Thread:
+    """Start a thread that calls `function` at low priority. The process ends after it."""
+    thread = threading.Thread(target=function, args=args)
+    thread.start()
+    set_niceness(thread, NICENESS)
+    return thread
+
+
+def finish(thread: threading.Thread | None) -> None:
+    """Return when a thread, if there is one, has ended. It need not stand back any more."""
+    if thread:
+        set_niceness(thread, 0)
+        thread.join()
+
+
+class Saver:
+    """
+    Saves a Run of train_gpt2.py while its training goes on: `save` copies the state, and a thread
+    of the master writes the copy. A context manager. Leaving it waits for the file, whatever the
+    reason is, except for KeyboardInterrupt, which gives the file up. `newest` is the path of the
+    checkpoint that was saved last, or resumed, and None if it could not be written, or on other
+    ranks after a save.
+
+    If another rank is lost, the master waits for the file, too. torchrun kills it 30 seconds later.
+    Where distributed.exit_for_lost_ranks ends the process first, and after SIGKILL, the file keeps
+    its temporary name, and the next run in this log folder deletes it.
+    """
+
+    def __init__(self, run: Any, resumed_from: str | None) -> None:
+        # imported now, because the import takes a second, and would be part of the first pause
+        import torch.distributed.checkpoint.state_dict
+        self.newest = resumed_from
+        self._run = run
+        self._thread: threading.Thread | None = None  # of the write that has begun last
+        self._stopped = threading.Event()
+        # the copies stay for the next save, because to fetch memory from the system takes several
+        # times as long as the copy
+        self._kept: dict[tuple, torch.Tensor] = {}
+        self._has_room: bool | None = None  # for the copies. Not known before the first update
+        # for the first save, a thread fetches the memory after the first update, which has made the
+        # state of the optimizer
+        self._fetching: threading.Thread | None = None
+        if run.ranks.master_process and run.config.save_every and not run.config.fsdp:
+            self._hook = run.optimizer.register_step_post_hook(lambda *_: self._fetch_memory())
+
+    @property
+    def writing(self) -> bool:
+        """Whether the thread is writing a file. Always False on ranks other than the master."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def save(self, step: int, wait: bool = False) -> None:
+        """
+        Save the state after `step` updates, delete old checkpoints, and print a line. All ranks
+        must call this method, because the parameters of sharded models are gathered. With `wait`,
+        return when the file is written. Waits for the file of the step before, if there is one.
+        """
+        start, run = time.perf_counter(), self._run
+        finish(self._fetching)
+        if self.writing:
+            run.ranks.print0(f"step {step}: waiting until the checkpoint before it is written")
+        self.wait()
+        background = not wait and run.ranks.master_process and self._find_room()
+        state = gather_state(run.raw_model, run.optimizer, run.average)
+        self.newest = None
+        if not run.ranks.master_process:
+            return
+        if background and not run.config.fsdp:  # with FSDP, the gathered state is a copy already
+            state, background = self._copy(state)
+        checkpoint = {
+            "step": step, **state, "model_config": dict(vars(run.raw_model.config)),
+            "scaler": run.scaler.state_dict(), "config": asdict(run.config),
+            "tokenizer": run.tokenizer.state(),
+            "recipe": resume_settings(run.config, run.train_loader.fingerprint),
+            "machine": machine_settings(run.ranks, run.dtype)}
+        if background:
+            pause = time.perf_counter() - start
+            self._thread = start_quietly(self._write, checkpoint, start, pause)
+        else:
+            self._write(checkpoint, start)
+
+    def _fetch_memory(self) -> None:
+        """Let a thread fetch the memory for the copies. Called after the first update."""
+        self._hook.remove()
+        if self._find_room():
+            state = gather_state(self._run.raw_model, self._run.optimizer, self._run.average)
+            self._fetching = start_quietly(self._copy, state, fetch_memory)
+
+    def _find_room(self) -> bool:
+        """Whether there is memory for the copies. The first call decides for the whole run."""
+        if self._has_room is None:
+            self._has_room = has_room_for_copy(free_memory(torch.device("cpu")), self._size)
+            if not self._has_room:
+                self._say_no_room()
+        return self._has_room
+
+    @property
+    def _size(self) -> int:
+        """Bytes of a copy of the state: weights, two moments and the average, in float32."""
+        parameters = sum(p.numel() for p in self._run.raw_model.parameters())
+        return 4 * (4 if self._run.average else 3) * parameters
+
+    def _say_no_room(self) -> None:
+        print(f"training pauses while a checkpoint is written, because {self._size / 2**30:.2f} "
+              "GiB of the host's memory for a copy of the state are not free", flush=True)
+
+    def _copy(self, state: dict, copy: Callable = copy_tensor) -> tuple[dict, bool]:
+        """(a copy of `state`, True), or (`state` itself, False) if memory runs out."""
+        try:
+            return copy_to_host(state, self._kept, {}, copy), True
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+        self._kept.clear()
+        self._has_room = False
+        self._say_no_room()
+        return state, False
+
+    def _write(self, checkpoint: dict, start: float, pause: float | None = None) -> None:
+        """
+        Write a checkpoint, whose save began at the time `start` and stopped training for `pause`
+        seconds if this is the thread. Sets `newest`, unless the file cannot be written.
+        """
+        run, step = self._run, checkpoint["step"]
+        path = Path(run.config.log_dir) / f"model_{step:05d}.pt"
+        try:
+            write_checkpoint(path, checkpoint, self._stopped)
+        except (OSError, MemoryError) as error:  # a full disk may have room again at the next one
+            if not self._stopped.is_set():
+                run.ranks.print0(f"warning: step {step} is not saved, training goes on, and older "
+                                 f"checkpoints stay: {first_line(error)}")
+            return
+        self.newest = str(path)
+        paused = "" if pause is None else f", training paused {pause:.2f}s"
+        run.ranks.print0(f"saved {path} in {time.perf_counter() - start:.1f}s{paused}")
+        prune_checkpoints(run.config.log_dir, run.config.keep_last, run.config.keep_every)
+
+    def wait(self) -> None:
+        """Return when the file that is being written, if there is one, is complete or has failed"""
+        finish(self._thread)
+        self._thread = None
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, error_type: type[BaseException] | None, error: BaseException | None,
+                 traceback: TracebackType | None) -> None:
+        if error_type is KeyboardInterrupt:
+            self._stopped.set()
+        elif error_type:
+            say_alive()
+        try:
+            finish(self._fetching)
+            self.wait()
+        except KeyboardInterrupt:
+            self._stopped.set()
+            raise
 
 
 # -----------------------------------------------------------------------------

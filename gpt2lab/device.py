@@ -4,6 +4,7 @@ its random seeds. Every script gets the same answer from here.
 """
 
 import gc
+import math
 import os
 import platform
 import random
@@ -13,12 +14,13 @@ import warnings
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gpt2lab.cli import UserError, available_cpus
+from gpt2lab.cli import UserError, available_cpus, cgroup_folders
 
 # -----------------------------------------------------------------------------
 # device and dtype
@@ -283,6 +285,36 @@ def set_allocator_defaults() -> None:
     """
     if sys.platform == "linux" and not any(name in os.environ for name in ALLOCATOR_VARIABLES):
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Free memory of a device in bytes, None where the system does not report it."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        free = next(1024 * int(line.split()[1]) for line in lines if "MemAvailable" in line)
+    except (OSError, StopIteration):  # not Linux
+        return None
+    return int(min([free, *map(free_in_cgroup, cgroup_folders("memory"))]))
+
+
+# files of a control group, versions 2 and 1: limit, usage, and the name in memory.stat of the page
+# cache, which counts as usage but is given up for programs
+CGROUP_MEMORY = (("memory.max", "memory.current", "inactive_file"),
+                 ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"))
+
+
+def free_in_cgroup(folder: Path) -> float:
+    """Bytes that the processes of a control group may still use, infinite if it has no limit."""
+    for limit, usage, cache in CGROUP_MEMORY:
+        try:
+            limit_bytes, used = (int((folder / name).read_text()) for name in (limit, usage))
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        except (OSError, ValueError):  # no such file, or "max", which is no limit
+            continue
+        return max(limit_bytes - used + int(stat.get(cache, 0)), 0)
+    return math.inf
 
 
 def free_cache(device: torch.device) -> None:

@@ -43,9 +43,10 @@ class Ranks(NamedTuple):
         return self.ddp_rank == 0
 
     def print0(self, *args) -> None:
-        """Print on the master only."""
-        if self.master_process:
-            print(*args, flush=True)
+        """Print on the master only. Lines of several threads do not mix."""
+        if self.master_process:  # print itself would write the line's end separately
+            sys.stdout.write(" ".join(map(str, args)) + "\n")
+            sys.stdout.flush()
 
 
 def init_distributed(device_name: str, need_kernels: bool = True) -> Ranks:
@@ -155,6 +156,13 @@ def on_master(ranks: Ranks, function: Callable[[], Any]) -> Any:
 
 # -----------------------------------------------------------------------------
 # a rank that died
+
+
+def say_alive() -> None:
+    """Tell the other ranks' find_missing_ranks that this rank lives, although it is busy."""
+    if dist.is_initialized():
+        with suppress(RuntimeError, ValueError):  # the store may be gone
+            dist.distributed_c10d._get_default_store().set(f"alive/{dist.get_rank()}", "1")
 
 
 def find_missing_ranks(wait_seconds: float) -> list[str] | None:

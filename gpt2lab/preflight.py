@@ -1,6 +1,5 @@
 """--check: what this machine has, what --preset auto would set, and whether a run could start."""
 
-import math
 import os
 import platform
 import shutil
@@ -13,9 +12,9 @@ import torch
 import torch.distributed as dist
 from torch.nn.attention import SDPBackend
 
-from gpt2lab.checkpoints import read_model_config
-from gpt2lab.cli import UserError, available_cpus, cgroup_folders
-from gpt2lab.device import explain_dtype, missing_kernels, pick_dtype
+from gpt2lab.checkpoints import has_room_for_copy, read_model_config
+from gpt2lab.cli import UserError, available_cpus
+from gpt2lab.device import explain_dtype, free_memory, missing_kernels, pick_dtype
 from gpt2lab.distributed import Ranks, init_distributed, sum_over_ranks
 from gpt2lab.kernels import SLICE_ROWS, rows_at_once
 from gpt2lab.parallel import resolve_compile
@@ -98,36 +97,6 @@ def activation_memory(
     return max(at_the_loss, tokens * C * (kept + backward) + kept_copy)
 
 
-def free_memory(device: torch.device) -> int | None:
-    """Free memory of a device in bytes, None where the system does not report it."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        free = next(1024 * int(line.split()[1]) for line in lines if "MemAvailable" in line)
-    except (OSError, StopIteration):  # not Linux
-        return None
-    return int(min([free, *map(free_in_cgroup, cgroup_folders("memory"))]))
-
-
-# files of a control group, versions 2 and 1: limit, usage, and the name in memory.stat of the page
-# cache, which counts as usage but is given up for programs
-CGROUP_MEMORY = (("memory.max", "memory.current", "inactive_file"),
-                 ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"))
-
-
-def free_in_cgroup(folder: Path) -> float:
-    """Bytes that the processes of a control group may still use, infinite if it has no limit."""
-    for limit, usage, cache in CGROUP_MEMORY:
-        try:
-            limit_bytes, used = (int((folder / name).read_text()) for name in (limit, usage))
-            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-        except (OSError, ValueError):  # no such file, or "max", which is no limit
-            continue
-        return max(limit_bytes - used + int(stat.get(cache, 0)), 0)
-    return math.inf
-
-
 # torch's kernels for attention
 ATTENTIONS = {SDPBackend.FLASH_ATTENTION: "flash attention", SDPBackend.CUDNN_ATTENTION: "cuDNN's",
               SDPBackend.EFFICIENT_ATTENTION: "memory-efficient, slower than flash attention",
@@ -207,6 +176,19 @@ def find_problems(
     return model_config, problems
 
 
+def describe_saving(copy: int, training: int) -> str:
+    """
+    The line that says where a checkpoint's copy of `copy` bytes finds memory, on a host of whose
+    memory a process needs `training` bytes to train.
+    """
+    free = free_memory(torch.device("cpu"))
+    if has_room_for_copy(None if free is None else free - training, copy):
+        return (f"saving: {copy / GIB:.2f} GiB of the host's memory hold a copy of the state on "
+                "the first process, so that training goes on while a checkpoint is written")
+    return (f"saving: training pauses while a checkpoint is written, because {copy / GIB:.2f} GiB "
+            "of the host's memory for a copy of the state are not free")
+
+
 def report_preflight(config, config_class: type, preset: str | None = None) -> int:
     """
     Print what this machine has, what `--preset auto` would choose, and the memory and disk that a
@@ -236,6 +218,7 @@ def report_preflight(config, config_class: type, preset: str | None = None) -> i
     ranks.print0(f"--preset auto: {flags}")
     ranks.print0(f"memory: about {memory / GIB:.1f} GiB a process expected"
                  + (f", {free / GIB:.1f} GiB free" if free is not None else ""))
+    ranks.print0(describe_saving(checkpoint, memory if device.type != "cuda" else 0))
     ranks.print0(f"disk: a checkpoint is about {checkpoint / GIB:.2f} GiB, "
                  f"{disk / GIB:.1f} GiB free")
     for problem in problems:

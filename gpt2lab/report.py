@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
-from gpt2lab.checkpoints import find_checkpoint
+from gpt2lab.checkpoints import Saver, find_checkpoint
 from gpt2lab.cli import UserError, env_rank, first_line, is_out_of_memory
 from gpt2lab.device import explain_dtype, format_mfu
 from gpt2lab.distributed import Ranks, on_master
@@ -112,10 +112,11 @@ def update(run, step: int, loss: float, lr: float, norm: float, dt: float,
                      f"eta {timedelta(seconds=int(eta))}{mfu}")
 
 
-def skipped_update(run, step: int, loss: float, norm: float, bad_steps: int) -> int:
+def skipped_update(run, step: int, loss: float, norm: float, bad_steps: int, saver: Saver) -> int:
     """
     Print which update was skipped because its loss or norm is not finite. Returns how many in a row
-    that makes, `bad_steps` having come before. Raises UserError if they are too many.
+    that makes, `bad_steps` having come before. Raises UserError if they are too many, when the
+    Saver has written what it is writing.
     """
     rows = run.config.total_batch_size // run.config.T  # sequences of an update
     scale = run.scaler.get_scale()  # 1 unless float16
@@ -125,6 +126,7 @@ def skipped_update(run, step: int, loss: float, norm: float, bad_steps: int) -> 
     if math.isfinite(loss) and scale > 1:
         return bad_steps  # float16 gradients overflowed, and the scaler has halved its scale
     if bad_steps + 1 >= run.config.max_bad_steps > 0:
+        saver.wait()
         path = on_master(run.ranks, lambda: str(find_checkpoint(run.config.log_dir) or ""))
         remedy = (f"resume {path} with a lower --max_lr and --resume_anyway" if path else
                   "nothing is saved yet, start again with a lower --max_lr or more --warmup_steps")

@@ -16,6 +16,7 @@ import random
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ import torch
 import torch.distributed.checkpoint.state_dict  # or every child would import it
 
 import train_gpt2
+from gpt2lab import checkpoints
 from gpt2lab.checkpoints import list_checkpoints
 from gpt2lab.cli import UserError
 
@@ -46,6 +48,8 @@ class Job:
     # on this rank, the first call of a compiled model raises an error. The other ranks do not
     # compile either, but succeed
     no_compiler_rank: int | None = None
+    # a checkpoint is written after the next update, or when the run waits for it
+    late_writes: bool = False
     output_file: str = ""  # receives the stdout and stderr of all ranks
 
 
@@ -65,6 +69,8 @@ def start_rank(job, rank, port):
                               WORLD_SIZE=str(job.world_size), MASTER_PORT=str(port))
         if rank == job.nan_rank:
             make_losses_nan(job.nan_steps)
+        if job.late_writes:
+            delay_writes()
         if job.no_compiler_rank is not None:
             torch.compile = lambda model, mode: (
                 NoCompiler(model) if rank == job.no_compiler_rank else model)
@@ -104,6 +110,29 @@ def make_losses_nan(steps):
         hook.remove()
         return result
 
+    train_gpt2.training_step = training_step
+
+
+def delay_writes():
+    """From now on, write a checkpoint after the next update, or when the run waits for it."""
+    original_write, original_wait = checkpoints.write_checkpoint, checkpoints.Saver.wait
+    original_step, may_write = train_gpt2.training_step, threading.Event()
+
+    def write_checkpoint(*args):
+        may_write.wait()
+        original_write(*args)
+
+    def training_step(*args):
+        result = original_step(*args)
+        may_write.set()
+        return result
+
+    def wait(saver):
+        may_write.set()
+        original_wait(saver)
+        may_write.clear()
+
+    checkpoints.write_checkpoint, checkpoints.Saver.wait = write_checkpoint, wait
     train_gpt2.training_step = training_step
 
 

@@ -193,7 +193,7 @@ def start_pod(tmp_path, finished=False, steps=TrainConfig.max_steps, **variables
     """Start what a pod runs, with tmp_path as its volume; returns the process."""
     (tmp_path / "log").mkdir()
     if finished:
-        (tmp_path / "log" / f"model_{steps:05d}.pt").touch()  # as save_checkpoint names it
+        (tmp_path / "log" / f"model_{steps:05d}.pt").touch()  # as Saver names it
     env = make_commands(tmp_path, torchrun=TORCHRUN) | variables
     script = kubernetes_script().replace("/gpt2/", f"{tmp_path}/").replace(
         f"steps={TrainConfig.max_steps}", f"steps={steps}")

@@ -17,7 +17,7 @@ import fineweb
 import sample
 from gpt2lab import pretrained, shards
 from gpt2lab import tokenizer as tokenizer_module
-from gpt2lab.checkpoints import load_checkpoint, save_checkpoint
+from gpt2lab.checkpoints import gather_state, load_checkpoint
 from gpt2lab.cli import UserError
 from gpt2lab.generate import generate
 from gpt2lab.pretrained import load_tokenizer
@@ -40,10 +40,10 @@ def save_run(log_dir, tokenizer, scale=8.0, n_embd=32, block_size=48, **config):
         p.data += torch.randn_like(p) * 0.02  # so that biases are not 0
         p.data *= scale if p.dim() > 1 else 1.0
     log_dir.mkdir(exist_ok=True)
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    save_checkpoint(log_dir, 7, model, model.configure_optimizers(0.1, 1e-3), scaler,
-                    {"config": asdict(TrainConfig(log_dir=str(log_dir), **config)),
-                     "tokenizer": tokenizer.state()})
+    state = gather_state(model, model.configure_optimizers(0.1, 1e-3))
+    torch.save({"step": 7, **state, "model_config": vars(model.config),
+                "config": asdict(TrainConfig(log_dir=str(log_dir), **config)),
+                "tokenizer": tokenizer.state()}, log_dir / "model_00007.pt")
     return log_dir
 
 

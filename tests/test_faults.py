@@ -19,7 +19,7 @@ from conftest import ROOT, read_log, run_script, tiny_config, tiny_flags
 
 import fineweb
 import train_gpt2
-from gpt2lab import cli, device, lock, preflight, presets, report
+from gpt2lab import cli, device, lock, presets, report
 from gpt2lab.checkpoints import list_checkpoints
 from gpt2lab.cli import EnvRanks, UserError, env_ranks
 from gpt2lab.files import write_atomically
@@ -297,15 +297,15 @@ GIB = 2**30
 def test_free_memory_is_what_a_container_may_use(tmp_path, monkeypatch, files, free):
     for name, content in files.items():
         (tmp_path / name).write_text(f"{content}\n")
-    monkeypatch.setattr(preflight, "cgroup_folders", lambda controller: [tmp_path / "no", tmp_path])
-    meminfo = preflight.free_memory(torch.device("cpu"))
+    monkeypatch.setattr(device, "cgroup_folders", lambda controller: [tmp_path / "no", tmp_path])
+    meminfo = device.free_memory(torch.device("cpu"))
     if meminfo is None:
         pytest.skip("this system does not report free memory")
     if free is None:
         assert meminfo > 0
     else:
         assert meminfo == min(free, meminfo)
-        assert preflight.free_in_cgroup(tmp_path) == free
+        assert device.free_in_cgroup(tmp_path) == free
 
 
 # -----------------------------------------------------------------------------

@@ -100,13 +100,21 @@ def test_fsdp_trains_like_ddp_and_each_resumes_the_other(data_dir, tmp_path, hel
 
     ddp_checkpoint, fsdp_checkpoint = (str(path / "model_00003.pt") for path in (ddp, fsdp))
     results = run_jobs(tmp_path, [
-        Job(config(ddp), world_size=2),
-        Job(config(fsdp, fsdp=True, grad_checkpoint=True), world_size=2),
+        Job(config(ddp), world_size=2, late_writes=True),
+        Job(config(fsdp, fsdp=True, grad_checkpoint=True), world_size=2, late_writes=True),
         Job(config(crossed, resume=fsdp_checkpoint), world_size=2),
         Job(config(crossed / "b", resume=ddp_checkpoint, fsdp=True), world_size=2),
         Job(job_config(data_dir, crossed / "c", resume=fsdp_checkpoint, hellaswag_every=3,
                        ema=0.8))])
     assert [result.exit_codes for result in results] == [[0, 0]] * 4 + [[0]]
+    for path in (ddp_checkpoint, fsdp_checkpoint):  # they were written after a later update
+        checkpoint = load_checkpoint(path)
+        assert all(state["step"] == 3 for state in checkpoint["optimizer"]["state"].values())
+        for name in ("model", "ema"):
+            weights = checkpoint[name]
+            tied = weights["lm_head.weight"], weights["transformer.wte.weight"]
+            assert tied[0].data_ptr() == tied[1].data_ptr()  # stored once
+    expect_close_checkpoints(ddp, fsdp, step=3, atols=(1e-3, 1e-5))
     averages = load_checkpoint(find_checkpoint(ddp))["ema"]
     for folder in (fsdp, crossed, crossed / "b", crossed / "c"):
         expect_close_checkpoints(ddp, folder)
@@ -507,7 +515,7 @@ def test_check_lists_the_machine_and_all_problems_and_writes_nothing(
     code, out, err = check()
     assert code == 0 and "the run can start" in out and err == ""
     for line in ("torch: ", "device: cpu", "--preset auto: B ", "compiler for --compile: ",
-                 "memory: about ", "disk: a checkpoint is about "):
+                 "memory: about ", "saving: ", "disk: a checkpoint is about "):
         assert line in out
     # torch with CUDA has nccl, too
     assert re.search("^distributed backends: (nccl, )?gloo$", out, re.M)

@@ -33,7 +33,7 @@ def leave_out_what_takes_no_memory():
         vocab_size=GPT2_VOCAB_SIZE)
     train_gpt2.build_model = build_model
     train_gpt2.evaluate = lambda *args: False
-    train_gpt2.checkpoints.save_run = lambda *args: None
+    train_gpt2.checkpoints.Saver.save = lambda *args, **options: None
 
 
 def main():
