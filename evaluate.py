@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 from gpt2lab import benchmarks, core, harness, kernels
@@ -32,7 +31,7 @@ from gpt2lab.benchmarks import Benchmark, Metric
 from gpt2lab.checkpoints import EMA_HELP, default_source, list_model_files
 from gpt2lab.cli import UserError, check_positive, make_parser, run_main, split_list
 from gpt2lab.device import autocast, explain_dtype
-from gpt2lab.distributed import Ranks, init_distributed, on_master
+from gpt2lab.distributed import Ranks, init_distributed, leave_distributed, on_master
 from gpt2lab.files import check_output, read_json, write_output
 from gpt2lab.scoring import mcnemar
 from train_gpt2 import load
@@ -485,8 +484,7 @@ def main() -> None:
         return
     ranks = init_distributed(args.device)
     score_model(args, ranks)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    leave_distributed()
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from gpt2lab import kernels
 from gpt2lab.checkpoints import EMA_HELP, default_source, list_model_files
 from gpt2lab.cli import UserError, check_positive, make_parser, run_main
 from gpt2lab.device import autocast, explain_dtype
-from gpt2lab.distributed import Ranks, init_distributed, on_master
+from gpt2lab.distributed import Ranks, init_distributed, leave_distributed, on_master
 from gpt2lab.downloads import download_on_each_node
 from gpt2lab.files import check_output, write_output
 from gpt2lab.scoring import (
@@ -218,8 +218,7 @@ def main() -> None:
         return
     ranks = init_distributed(args.device)
     score_model(args, ranks)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    leave_distributed()
 
 
 if __name__ == "__main__":

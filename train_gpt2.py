@@ -20,7 +20,6 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
@@ -363,8 +362,7 @@ class TrainConfig:
     max_lr: float = option(6e-4, "learning rate after warmup; three times as much with muon")
     min_lr: float = option(6e-5, "learning rate at the end; three times as much with muon")
     warmup_steps: int = option(715, "updates of linear warmup; 715 are 375M tokens")
-    schedule: str = option("cosine", "how the learning rate falls; wsd: linearly, at the end only",
-                           choices=("cosine", "linear", "wsd"))
+    schedule: str = option("cosine", "how the lr falls", choices=("cosine", "linear", "wsd"))
     decay_fraction: float = option(0.5, "share of the updates in which wsd falls", highest=1)
     optimizer: str = option("adamw", "turns gradients into updates", choices=optim.OPTIMIZERS)
     weight_decay: float = option(0.1, "on matrices and embeddings")
@@ -712,11 +710,8 @@ def main():
         # under torchrun the other ranks wait for this one where they join the process group
         fineweb.prepare(["builtin"], presets.DEMO_DATA, presets.DEMO_TOKENIZER)
     with distributed.naming_lost_ranks(), report.saying_what_saves_memory():
-        if config.minutes:
-            config = budget.plan(config, setup, training_step)
-        result = train(config)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+        result = train(budget.plan(config, setup, training_step))  # as --minutes asks
+    distributed.leave_distributed()
     sys.exit(report.end(config, result, presets.AFTER_THE_DEMO if preset == "demo" else None))
 
 

@@ -53,8 +53,9 @@ SHAPES = (
 TOKENS_PER_WEIGHT = 1.6
 MIN_UPDATES = 200  # with fewer, a model learns little more than how often each token occurs
 MIN_TOKENS = 20_000  # of the train split. Every model soon knows a shorter text by heart
-# times that a run reads the text, at most. Reading it more often is learning it by heart
-MAX_EPOCHS = 40
+# the more often a run reads the same text, the more weight decay keeps it from learning the text by
+# heart. More often than MAX_EPOCHS nothing was measured
+WEIGHT_DECAY_PER_EPOCH, MAX_EPOCHS = 0.04, 20
 FULL_RUN_TOKENS = 19_073 * 524_288  # of the 124M run
 HOST_MICRO_BATCH = 8192  # tokens. On a CPU or a Mac, larger micro-batches are not faster
 EVALUATION_SHARE = 0.05  # of the time, at most, is for validation losses
@@ -64,8 +65,8 @@ SAVE_BYTES_PER_SECOND = 3e8  # which a slow disk writes
 END_SECONDS = 2.0  # for the samples and the plot at the end
 SPARE_SHARE = 0.03  # of the time, because a machine is not equally fast in every minute
 PLANNED = ("n_layer", "n_head", "n_embd", "block_size", "B", "T", "total_batch_size", "max_steps",
-           "max_lr", "min_lr", "warmup_steps", "schedule", "optimizer", "beta2", "ema",
-           "eval_every", "val_tokens", "hellaswag_every", "sample_every", "sample_prompt",
+           "max_lr", "min_lr", "warmup_steps", "schedule", "optimizer", "weight_decay", "beta2",
+           "ema", "eval_every", "val_tokens", "hellaswag_every", "sample_every", "sample_prompt",
            "save_every", "plot_every", "print_every")
 
 
@@ -93,10 +94,13 @@ class Trainer(NamedTuple):
 
 def plan(config: Any, setup: Callable, training_step: Callable) -> Any:
     """
-    The TrainConfig of a run that takes config.minutes. Flags of the command line stay as they are.
-    A run that is resumed keeps what was planned when it began. `setup` and `training_step` are
-    those of train_gpt2.py. All ranks must call this, and all get the same. Raises UserError.
+    The TrainConfig of a run that takes config.minutes, or `config` itself if this is None. Flags of
+    the command line stay as they are. A run that is resumed keeps what was planned when it began.
+    `setup` and `training_step` are those of train_gpt2.py. All ranks must call this, and all get
+    the same. Raises UserError.
     """
+    if config.minutes is None:
+        return config
     # the imports have taken about as long as they kept the processor busy
     start = time.perf_counter() - time.process_time()
     minutes, given = config.minutes, given_flags(type(config))
@@ -290,9 +294,14 @@ def fit_schedule(config: Any, timing: Timing, minutes: float, used_seconds: floa
                         f"{math.ceil(least / 6) / 10:g} minutes: give more time")
     most = MAX_EPOCHS * timing.train_tokens // config.total_batch_size + 1
     steps = config.max_steps if "max_steps" in given else min(steps, max(most, MIN_UPDATES))
-    warmup = 715 if config.schedule == "cosine" else 80  # of the 124M run, and of the demo
+    warmup, weight_decay = 715, 0.1  # of the 124M run
+    if config.schedule == "linear":
+        warmup = 80  # of the demo
+        epochs = steps * config.total_batch_size / timing.train_tokens
+        weight_decay = max(round(WEIGHT_DECAY_PER_EPOCH * epochs, 2), weight_decay)
     pause = max(min(math.ceil(steps / 2), int(SAVE_EVERY_SECONDS / each)), 1)
-    flags = dict(max_steps=steps, warmup_steps=min(warmup, steps // 10), val_tokens=val_tokens,
+    flags = dict(max_steps=steps, warmup_steps=min(warmup, steps // 10), weight_decay=weight_decay,
+                 val_tokens=val_tokens,
                  eval_every=math.ceil(steps / (rounds - 1)) if rounds > 1 else 0, save_every=pause,
                  plot_every=pause, print_every=max(steps // 30, 1))
     return replace(config, **{name: value for name, value in flags.items() if name not in given})

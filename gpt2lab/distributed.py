@@ -86,6 +86,12 @@ def init_distributed(device_name: str, need_kernels: bool = True) -> Ranks:
     return Ranks(device, ddp_rank, ddp_world_size)
 
 
+def leave_distributed() -> None:
+    """Leave the process group, if init_distributed has joined one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def fresh_store() -> dist.Store | None:
     """
     The rendezvous store for a single-node torchrun job, with a prefix for each restart. Without the

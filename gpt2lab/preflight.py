@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend
 from gpt2lab.checkpoints import has_room_for_copy, read_model_config
 from gpt2lab.cli import UserError, available_cpus
 from gpt2lab.device import explain_dtype, free_memory, missing_kernels, pick_dtype
-from gpt2lab.distributed import Ranks, init_distributed, sum_over_ranks
+from gpt2lab.distributed import Ranks, init_distributed, leave_distributed, sum_over_ranks
 from gpt2lab.kernels import SLICE_ROWS, rows_at_once
 from gpt2lab.parallel import resolve_compile
 from gpt2lab.presets import (
@@ -225,6 +225,5 @@ def report_preflight(config, config_class: type, preset: str | None = None) -> i
         print(f"rank {ranks.ddp_rank}: {problem}", file=sys.stderr)
     could_not_start = sum_over_ranks([bool(problems)], device)[0] > 0
     ranks.print0("the run could not start" if could_not_start else "the run can start")
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    leave_distributed()
     return 2 if could_not_start else 0
