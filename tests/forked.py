@@ -40,6 +40,9 @@ class Job:
     # SIGKILL the run this many times at random moments and resume it each time, before the run that
     # may end. Only for one process
     kills: int = 0
+    # SIGKILL the run once before that, while the checkpoint of this step is half written and
+    # training goes on, and resume it
+    killed_in_write: int | None = None
     # send SIGTERM to this rank as soon as there is a checkpoint of 5 updates or more
     sigterm_rank: int | None = None
     # on this rank, the losses of the updates `nan_steps` are NaN
@@ -69,6 +72,8 @@ def start_rank(job, rank, port):
                               WORLD_SIZE=str(job.world_size), MASTER_PORT=str(port))
         if rank == job.nan_rank:
             make_losses_nan(job.nan_steps)
+        if job.killed_in_write:
+            die_while_writing(job.killed_in_write)
         if job.late_writes:
             delay_writes()
         if job.no_compiler_rank is not None:
@@ -113,6 +118,29 @@ def make_losses_nan(steps):
     train_gpt2.training_step = training_step
 
 
+def die_while_writing(killed_in):
+    """From now on, SIGKILL this process an update after the checkpoint of a step is half written"""
+    original_save, original_step = torch.save, train_gpt2.training_step
+    half_written = threading.Event()
+
+    def save(checkpoint, file):
+        if checkpoint["step"] == killed_in:
+            file.write(b"half")
+            file.flush()
+            half_written.set()
+            threading.Event().wait()
+        original_save(checkpoint, file)
+
+    def training_step(run, step, *args):
+        result = original_step(run, step, *args)
+        if step == killed_in:
+            half_written.wait()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    torch.save, train_gpt2.training_step = save, training_step
+
+
 def delay_writes():
     """From now on, write a checkpoint after the next update, or when the run waits for it."""
     original_write, original_wait = checkpoints.write_checkpoint, checkpoints.Saver.wait
@@ -145,6 +173,11 @@ def wait_for_step(log_dir, step):
 def kill_and_resume(job):
     """Start a job as often as it is to be killed, and kill it each time at a random moment."""
     rng, log_dir = random.Random(0), job.config.log_dir
+    if job.killed_in_write:
+        pid = start_rank(job, 0, None)
+        assert os.waitpid(pid, 0)[1] == signal.SIGKILL, "the run ended before it was killed"
+        assert len(list(Path(log_dir).glob("model_*.tmp"))) == 1
+        job.killed_in_write, job.config.resume = None, "newest"
     for number in range(job.kills):
         pid = start_rank(job, 0, None)
         before = max(list_checkpoints(log_dir), default=0)

@@ -257,8 +257,9 @@ def test_a_run_that_was_killed_21_times_ends_with_the_same_weights(data_dir, tmp
                          keep_every=0, eval_every=50, sample_every=0)
     straight, broken = run_jobs(tmp_path, [
         Job(replace(config, log_dir=str(tmp_path / "straight"), save_every=0)),
-        Job(config, kills=21)])
+        Job(config, kills=21, killed_in_write=3)])
     assert straight.exit_codes == broken.exit_codes == [0]
+    assert not list((tmp_path / "broken").glob("*.tmp"))
     expect_same_state(*(tmp_path / name / "model_00120.pt" for name in ("straight", "broken")))
     logs = [(tmp_path / name / "log.txt").read_text() for name in ("straight", "broken")]
     assert logs[0] == logs[1]
