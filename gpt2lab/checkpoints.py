@@ -148,7 +148,7 @@ def prune_checkpoints(log_dir: str | Path, keep_last: int, keep_every: int) -> N
 # writing while training goes on
 
 # of the thread that writes. Where training uses all cores, the thread gets a tenth of one
-NICENESS = 10
+NICENESS = 13
 
 
 def has_room_for_copy(free: int | None, copy: int) -> bool:
