@@ -120,7 +120,7 @@ BFLOAT16_ISA = re.compile("default|all|.*(bf16|fp16|amx|avx10).*", re.IGNORECASE
 def cpu_bfloat16() -> tuple[bool, str]:
     """
     (whether torch multiplies bfloat16 on this CPU with instructions for it, why, as a sentence). A
-    CPU without them emulates bfloat16, which is slower than float32.
+    CPU without them emulates bfloat16, which is many times slower than float32.
     """
     emulates = "this CPU has no instructions for it that torch uses"
     if not torch.backends.mkldnn.is_available() or sys.platform == "darwin":
@@ -172,8 +172,8 @@ def explain_dtype(name: str, device: torch.device) -> str | None:
         return f"computing in {chosen}, because {reason}"
     if fast:
         return None
-    return (f"warning: bfloat16 will be slower than float32, because {reason}: use --dtype float32 "
-            "unless the losses of bfloat16 are what you want")
+    return (f"warning: bfloat16 will be many times slower than float32, because {reason}: use "
+            "--dtype float32, unless you want the exact values of bfloat16")
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:

@@ -119,8 +119,9 @@ class OneDNNLinearFunction(torch.autograd.Function):
 def fast_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear(x, weight, bias) by the faster of the two libraries, or under autocast."""
     if not use_onednn(weight):
-        if not torch.compiler.is_compiling() and casts is not None \
-                and torch.is_autocast_enabled("cpu"):
+        # outside of kept_casts, autocast itself keeps its casts until its context ends
+        kept = not torch.compiler.is_compiling() and casts is not None
+        if kept and torch.is_autocast_enabled("cpu"):
             dtype = torch.get_autocast_dtype("cpu")
             weight, bias = cast(weight, dtype), None if bias is None else cast(bias, dtype)
         return F.linear(x, weight, bias)
@@ -195,7 +196,6 @@ class LeanMLP(nn.Module):
 
 CHUNK_ROWS = 512  # of 50,304 float32 logits: 103 MB. With fewer rows the matmuls become slow
 SLICE_ROWS = 128  # of a chunk in 16 bits on a CPU, which become float32 at once
-PRODUCT_ROWS = 8192  # of the vocabulary's gradient in 16 bits on a CPU, which are made at once
 CUDA_CHUNK_FACTOR = 8  # larger chunks on CUDA, because each one adds to the whole weight gradient
 compile_failures: list[str] = []  # why softmax_gradient could not be compiled, if it could not
 
@@ -292,15 +292,10 @@ def add_matmul(total: Tensor, a: Tensor, b: Tensor, beta: int) -> None:
                                       or torch.cuda.get_device_capability(a.device) >= (8, 0)):
         # the matmul adds in float32, so that no product of the size of `total` is written
         torch.addmm(total, a, b, beta=beta, out_dtype=total.dtype, out=total)
+    elif beta:
+        total += a @ b
     else:
-        # on a CPU some rows at a time, so that no product of the size of `total` is written
-        block = PRODUCT_ROWS if a.device.type == "cpu" else len(total)
-        for start in range(0, len(total), block):
-            rows = slice(start, start + block)
-            if beta:
-                total[rows] += a[rows] @ b
-            else:
-                total[rows] = a[rows] @ b
+        total.copy_(a @ b)
 
 
 def loss_and_gradients(

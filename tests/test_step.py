@@ -39,9 +39,8 @@ def loss_and_gradients(model, x, y, dtype=None):
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    """Chunks so small that a small batch takes several, the last one short, and parts of them."""
+    """Chunks so small that a small batch takes several, the last one short."""
     monkeypatch.setattr(kernels, "CHUNK_ROWS", 24)
-    monkeypatch.setattr(kernels, "PRODUCT_ROWS", 50)
 
 
 def random_batch(seed=0, B=4):
