@@ -1,13 +1,17 @@
-"""What the benchmarks share: contenders that take turns, memory, and the speed of a matmul."""
+"""What the benchmarks share: contenders that take turns, memory, a matmul's speed, and texts."""
 
+import json
 import mmap
 import multiprocessing
+import os
 import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
+
+from gpt2lab import sources
 
 
 def median_seconds(contenders, rounds=3):
@@ -71,3 +75,12 @@ def peak_mb():
     """The most memory that was ever resident in this process, in MB (Linux)."""
     import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def english_texts():
+    """English documents: FineWeb-EDU's where GPT2_TEST_DATA has some, else the builtin ones."""
+    path = Path(os.environ.get("GPT2_TEST_DATA", ".")) / "fineweb_edu_sample.jsonl"
+    if path.is_file():
+        with open(path, encoding="utf-8") as file:
+            return [json.loads(line)["text"] for line in file]
+    return sources.builtin_documents()
