@@ -11,20 +11,25 @@ import shlex
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from dataclasses import fields, replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 
+from gpt2lab.checkpoints import list_checkpoints, load_checkpoint, resolve_checkpoint
 from gpt2lab.cli import UserError, env_int, is_out_of_memory
 from gpt2lab.device import free_cache, prefetch, synchronize
 from gpt2lab.distributed import Ranks, init_distributed, on_master, sum_over_ranks
 from gpt2lab.lock import path_of_lock, unlock
-from gpt2lab.presets import fit_B_to_gpu, given_flags, model_sizes, nearest_divisors
-from gpt2lab.runlog import read_run
+from gpt2lab.presets import (
+    check_batch_size,
+    fit_B_to_gpu,
+    given_flags,
+    model_sizes,
+    nearest_divisors,
+)
 
 
 class Shape(NamedTuple):
@@ -52,7 +57,7 @@ SHAPES = (
 # smaller model learns more in the same time
 TOKENS_PER_WEIGHT = 1.6
 MIN_UPDATES = 200  # with fewer, a model learns little more than how often each token occurs
-MIN_TOKENS = 20_000  # of the train split. Every model soon knows a shorter text by heart
+MIN_TOKENS = 20_000  # of the train split. A model learns a shorter text by heart in seconds
 # the more often a run reads the same text, the more weight decay keeps it from learning the text by
 # heart. More often than MAX_EPOCHS nothing was measured
 WEIGHT_DECAY_PER_EPOCH, MAX_EPOCHS = 0.04, 20
@@ -101,7 +106,7 @@ def plan(config: Any, setup: Callable, training_step: Callable) -> Any:
     """
     if config.minutes is None:
         return config
-    # the imports have taken about as long as they kept the processor busy
+    # the time of the imports counts, too. It is about the processor time that they took
     start = time.perf_counter() - time.process_time()
     minutes, given = config.minutes, given_flags(type(config))
     ranks = init_distributed(config.device)
@@ -122,15 +127,21 @@ def plan(config: Any, setup: Callable, training_step: Callable) -> Any:
 
 def read_earlier_plan(config: Any, given: set[str]) -> dict | None:
     """
-    The planned options of the run that a TrainConfig resumes, as its run.json has them, without
-    those of `given`. None if no run is resumed.
+    The planned options of the run that a TrainConfig resumes, as its checkpoint has them, without
+    those of `given`. None if there is no checkpoint to resume. Raises UserError.
     """
     restarted = env_int("TORCHELASTIC_RESTART_COUNT", 0) > 0
     if not (config.resume or config.resume_anyway or restarted):
         return None
-    named = config.resume not in (None, "newest") and not restarted
-    saved = read_run(Path(config.resume).parent if named else config.log_dir)
-    return {name: saved[name] for name in PLANNED if name in saved and name not in given}
+    paths = list_checkpoints(config.log_dir)
+    candidates = [paths[step] for step in sorted(paths, reverse=True)]
+    if config.resume not in (None, "newest") and not (restarted and candidates):
+        candidates = [path for path in [resolve_checkpoint(config.resume)] if path]
+    for path in candidates:
+        with suppress(UserError):  # training says that it is damaged, and takes the one before
+            saved = load_checkpoint(path).get("config", {})
+            return {name: saved[name] for name in PLANNED if name in saved and name not in given}
+    return None
 
 
 def choose_shape(config: Any, given: set[str], trainer: Trainer) -> Any:
@@ -138,6 +149,10 @@ def choose_shape(config: Any, given: set[str], trainer: Trainer) -> Any:
     ranks, chosen, tokens = trainer.ranks, None, math.inf
     for shape in shapes_to_try(config, given):
         candidate = replace(config, minutes=None, **shape_flags(shape, config, given, ranks))
+        check_batch_size(candidate.B, candidate.T, candidate.total_batch_size,
+                         ranks.ddp_world_size)
+        if model_sizes(candidate)["n_embd"] % model_sizes(candidate)["n_head"]:
+            continue  # a flag gives a number of heads that does not divide this width
         weights = layer_weights(candidate)
         # the time of a token goes with the weights. If a CPU that computes at twice the rate would
         # read too few tokens, do not even time it
@@ -150,15 +165,23 @@ def choose_shape(config: Any, given: set[str], trainer: Trainer) -> Any:
             if chosen is None or not is_out_of_memory(error):
                 raise
             break  # the models from here on do not fit into the memory
+        if timing.train_tokens < MIN_TOKENS:
+            raise UserError(f"{config.data_dir} has {timing.train_tokens:,} tokens to train on, "
+                            f"and --minutes needs {MIN_TOKENS:,}: add text, or give the sizes of "
+                            "the run instead of --minutes")
         tokens = min(60 * config.minutes * candidate.total_batch_size / timing.seconds,
                      MAX_EPOCHS * timing.train_tokens)
         ranks.print0(
             f"  {describe_sizes(candidate)}: {1000 * timing.seconds:.1f} ms an update of "
             f"{candidate.total_batch_size:,} tokens; {tokens:,.0f} tokens in the time, "
             f"{tokens / weights:.2g} for each weight of the layers")
-        if chosen and tokens < TOKENS_PER_WEIGHT * weights:
+        least = max(TOKENS_PER_WEIGHT * weights, 1.5 * MIN_UPDATES * candidate.total_batch_size)
+        if chosen and tokens < least:
             break
         chosen = candidate
+    if chosen is None:
+        raise UserError(f"--n_head {config.n_head} divides no width that --minutes knows: give "
+                        "--n_embd, too")
     return chosen
 
 
@@ -185,23 +208,33 @@ def shape_flags(shape: Shape, config: Any, given: set[str], ranks: Ranks) -> dic
     flags: dict[str, Any] = shape._asdict() | dict(hellaswag_every=0, sample_every=0)
     if "model" in given:
         flags |= dict(n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd)
+    elif "n_embd" in given and "n_head" not in given:
+        flags["n_head"] = math.gcd(shape.n_head, config.n_embd)
     if shape == GPT2_124M:
         flags |= dict(optimizer="adamw", min_lr=6e-5, beta2=0.95, schedule="cosine", ema=0.0)
     else:
         flags |= dict(optimizer="adamw" if config.fsdp else "muon", min_lr=0.0, beta2=0.99,
                       schedule="linear", ema=0.998, sample_prompt="")
-        if "adamw" in (config.optimizer if "optimizer" in given else flags["optimizer"]):
-            flags["max_lr"] /= 3  # Muon's best learning rate is three times AdamW's
+    optimizer = config.optimizer if "optimizer" in given else flags["optimizer"]
+    # Muon's best learning rate is three times AdamW's
+    if optimizer == "muon" and shape == GPT2_124M:
+        flags |= dict(max_lr=3 * shape.max_lr, min_lr=3 * flags["min_lr"])
+    elif optimizer != "muon" and shape != GPT2_124M:
+        flags["max_lr"] = shape.max_lr / 3
     T = config.T if "T" in given else shape.T
+    if "block_size" in given and "T" not in given:
+        T = flags["T"] = min(T, config.block_size)
     flags["block_size"] = T
     # the processes, and a B that a flag gives, must divide the sequences of an update
     unit = T * ranks.ddp_world_size * (config.B if "B" in given else 1)
     flags["total_batch_size"] = math.ceil(shape.total_batch_size / unit) * unit
+    if "total_batch_size" in given:
+        flags["total_batch_size"] = config.total_batch_size
     micro_batch = HOST_MICRO_BATCH  # tokens
     if ranks.device.type == "cuda":
         memory = torch.cuda.get_device_properties(ranks.device).total_memory
         micro_batch = 1024 * fit_B_to_gpu(memory)
-    sequences = flags["total_batch_size"] // (T * ranks.ddp_world_size)
+    sequences = max(flags["total_batch_size"] // (T * ranks.ddp_world_size), 1)
     flags["B"] = nearest_divisors(max(micro_batch // T, 1), sequences)[0]
     return {name: value for name, value in flags.items() if name not in given}
 
@@ -270,12 +303,8 @@ def fit_schedule(config: Any, timing: Timing, minutes: float, used_seconds: floa
                  given: set[str]) -> Any:
     """
     A TrainConfig with as many updates as fit into `minutes`, of which `used_seconds` are over, with
-    evaluation and saving. Raises UserError if the time or the text is too little.
+    evaluation and saving. Raises UserError if the time is too little.
     """
-    if timing.train_tokens < MIN_TOKENS:
-        raise UserError(f"{config.data_dir} has {timing.train_tokens:,} tokens to train on, and "
-                        f"--minutes needs {MIN_TOKENS:,}: add text, or give the sizes of the run "
-                        "instead of --minutes")
     seconds = 60 * minutes * (1 - SPARE_SHARE) - used_seconds
     # forward is a third of an update. There are two losses, if the weights are averaged
     val_token_seconds = (2 if config.ema else 1) * timing.seconds / config.total_batch_size / 3
@@ -298,7 +327,7 @@ def fit_schedule(config: Any, timing: Timing, minutes: float, used_seconds: floa
     if config.schedule == "linear":
         warmup = 80  # of the demo
         epochs = steps * config.total_batch_size / timing.train_tokens
-        weight_decay = max(round(WEIGHT_DECAY_PER_EPOCH * epochs, 2), weight_decay)
+        weight_decay = max(round(WEIGHT_DECAY_PER_EPOCH * min(epochs, MAX_EPOCHS), 2), 0.1)
     pause = max(min(math.ceil(steps / 2), int(SAVE_EVERY_SECONDS / each)), 1)
     flags = dict(max_steps=steps, warmup_steps=min(warmup, steps // 10), weight_decay=weight_decay,
                  val_tokens=val_tokens,
@@ -339,7 +368,7 @@ def describe_plan(config: Any, timing: Timing) -> list[str]:
     lines = [f"chosen: {describe_sizes(config)}, {timing.parameters:,} parameters; "
              f"{config.max_steps:,} updates of {config.total_batch_size:,} tokens, which read the "
              f"text {epochs:.2g} times"]
-    if epochs >= MAX_EPOCHS:
+    if MAX_EPOCHS <= epochs < MAX_EPOCHS + 1:
         lines.append(f"the run takes {config.max_steps * timing.seconds / 60:.1f} minutes, because "
                      "this model would learn the text by heart in the rest: add text")
     if layer_weights(config) >= 12 * GPT2_124M.n_layer * GPT2_124M.n_embd**2:
@@ -353,12 +382,15 @@ def explicit_command(config: Any) -> str:
     flags = []
     for f in fields(config):
         value = getattr(config, f.name)
-        if value == f.default or f.name in ("resume", "resume_anyway"):
+        # the default of the learning rates depends on the optimizer
+        is_default = value == f.default and f.name not in ("max_lr", "min_lr")
+        if is_default or f.name in ("resume", "resume_anyway"):
             continue
         if isinstance(value, bool):
             flags.append(f"--{f.name}" if value else f"--no_{f.name}")
         else:
-            flags += [f"--{f.name}", shlex.quote(str(value))]
+            between = "=" if str(value).startswith("-") else " "
+            flags.append(f"--{f.name}{between}{shlex.quote(str(value))}")
     processes = env_int("LOCAL_WORLD_SIZE", 1)
     start = f"torchrun --nproc_per_node={processes}" if processes > 1 else "python"
     return " ".join([start, "train_gpt2.py", *flags])

@@ -222,7 +222,7 @@ def start_quietly(function: Callable, *args: Any) -> threading.Thread:
 
 
 def finish(thread: threading.Thread | None) -> None:
-    """Return when a thread, if there is one, has ended. It need not stand back any more."""
+    """Return when a thread, if there is one, has ended. It gets the usual priority for the rest."""
     if thread:
         set_niceness(thread, 0)
         thread.join()
@@ -350,7 +350,7 @@ class Saver:
         prune_checkpoints(run.config.log_dir, run.config.keep_last, run.config.keep_every)
 
     def wait(self) -> None:
-        """Return when the file that is being written, if there is one, is complete or has failed"""
+        """Return when the file that is being written, if there is one, is whole or has failed."""
         finish(self._thread)
         self._thread = None
 

@@ -171,12 +171,14 @@ def check_options(config) -> None:
     """Raise UserError for values of a TrainConfig that cannot work on any machine."""
     check_ranges(config)
     expand_names(split_list(config.eval_tasks))  # raises for an unknown name
-    if config.min_lr > config.max_lr:
-        raise UserError(f"--min_lr {config.min_lr} is larger than --max_lr {config.max_lr}: give "
-                        "both, because the learning rate falls from max_lr to min_lr")
     if config.minutes and (config.check or config.init_from):
         raise UserError("--minutes plans a new model and trains it: leave out --minutes, or "
                         f"{'--check' if config.check else '--init_from'}")
+    if config.minutes:
+        return  # what is compared below is still to be planned
+    if config.min_lr > config.max_lr:
+        raise UserError(f"--min_lr {config.min_lr} is larger than --max_lr {config.max_lr}: give "
+                        "both, because the learning rate falls from max_lr to min_lr")
     if config.T > config.block_size:
         raise UserError(f"--T {config.T} is longer than block_size {config.block_size}: "
                         "lower --T or raise --block_size")

@@ -103,6 +103,21 @@ def test_flags_win_over_the_plan(plan_on):
     assert config.optimizer == "adamw"  # the recipe of the model that was asked for
 
 
+def test_flags_that_leave_few_possibilities(plan_on):
+    """Guards against plans that contradict a flag: the batch, the width, the heads, the context."""
+    config = plan_on(3e10, "--minutes", "5", "--total_batch_size", "960")
+    assert config.total_batch_size == 960 and 960 % (config.B * config.T) == 0
+    config = plan_on(1e11, "--minutes", "60", "--n_embd", "48")
+    assert config.n_embd % config.n_head == 0
+    assert config.max_steps >= budget.MIN_UPDATES
+    config = plan_on(3e10, "--minutes", "5", "--n_head", "3")
+    assert config.n_head == 3 and config.n_embd == 192
+    config = plan_on(3e10, "--minutes", "1", "--block_size", "32")
+    assert config.block_size == config.T == 32
+    config = plan_on(1e14, "--minutes", "60", "--model", "gpt2", "--optimizer", "muon")
+    assert (config.max_lr, config.min_lr) == pytest.approx((1.8e-3, 1.8e-4))
+
+
 def test_processes_divide_the_update(plan_on):
     """Guards against sizes that check_batch_size refuses."""
     for world_size in (2, 3, 8):
@@ -132,6 +147,8 @@ def test_a_model_that_does_not_fit_into_memory_is_not_chosen(plan_on):
 @pytest.mark.parametrize("flags, text, message", [
     (["--minutes", "0.05"], {}, "too little for this machine, where 200 updates"),
     (["--minutes", "5"], dict(train_tokens=19_000), "has 19,000 tokens to train on, and --minutes"),
+    (["--minutes", "5", "--n_head", "7"], {}, "--n_head 7 divides no width"),
+    (["--minutes", "5", "--B", "3", "--total_batch_size", "64"], {}, "does not divide total_batch"),
     (["--minutes", "0"], {}, "--minutes 0.0 must be at least 0.01"),
     (["--minutes", "nan"], {}, "--minutes nan must be at least 0.01"),
     (["--minutes", "5", "--check"], {}, "leave out --minutes, or --check"),
@@ -143,7 +160,8 @@ def test_what_cannot_be_planned_is_refused(plan_on, flags, text, message):
 
 
 @pytest.mark.parametrize("changes", [
-    {}, dict(compile=False, fsdp=True, shuffle=False, keep_last=0, wandb="a project", max_lr=1e-3,
+    {}, dict(optimizer="muon", max_lr=6e-4, min_lr=6e-5, sample_prompt="-", log_dir="-x"),
+    dict(compile=False, fsdp=True, shuffle=False, keep_last=0, wandb="a project", max_lr=1e-3,
              sample_prompt="it's", min_lr=0.0, n_embd=48, device="cpu"), dict(compile=True)])
 def test_the_printed_command_makes_the_same_config(changes):
     """Guards against a command that trains something else than the run that printed it."""
@@ -167,8 +185,10 @@ def test_a_timed_run_trains_and_resumes_without_timing(data_dir, tmp_path, monke
     run, checkpoint = read_run("log"), load_checkpoint("log/model_00012.pt")
     assert run["minutes"] is checkpoint["config"]["minutes"] is None
     assert run["n_embd"] == 16 and run["max_steps"] == 12
-    assert not list((tmp_path / "temporary").iterdir())
-    # the same command with --resume goes on with what was planned, although the machine is slower
+    assert not list((tmp_path / "temporary").glob("tmp*"))
+    # the same command with --resume goes on with what was planned, although the machine is slower.
+    # A damaged checkpoint does not matter
+    Path("log/model_00099.pt").write_text("damaged")
     losses = read_log("log", "train")
     Path("log/model_00012.pt").unlink()
     monkeypatch.setattr(budget, "measure", None)
