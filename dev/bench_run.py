@@ -88,6 +88,32 @@ def bench_loop(num_updates=4):
     return {"share": share, "all": shares}
 
 
+def time_saves(run, saver, may_write, num_saves, num_updates):
+    """
+    Seconds of saves that return while the thread writes; of saves in the foreground; and of updates
+    while the thread writes (True) and while it is held up (False), which take turns.
+    """
+    batches = prefetch(run.train_loader.batches(0), run.ranks.device)
+    pauses, foreground, updates = [], [], {False: [], True: []}
+
+    def update():
+        train_gpt2.training_step(run, 0, batches, Signals())
+
+    update()  # a thread fetches the memory for the copy after it
+    for step in range(num_saves):
+        update()
+        pauses.append(seconds_of(functools.partial(saver.save, step)))
+        for writes in [False, True] * num_updates:
+            (may_write.set if writes else may_write.clear)()
+            seconds = seconds_of(update)
+            updates[writes] += [seconds] if saver.writing else []
+        may_write.set()
+        saver.wait()
+        foreground.append(seconds_of(functools.partial(saver.save, step, wait=True)))
+    batches.close()
+    return pauses, foreground, updates
+
+
 def bench_save(num_saves=3, num_updates=5):
     """
     How long saving 124M stops training, in the background and in the foreground, and how much
@@ -96,27 +122,11 @@ def bench_save(num_saves=3, num_updates=5):
     kernels.tune_malloc()
     may_write, write = threading.Event(), checkpoints.StoppableFile.write
     checkpoints.StoppableFile.write = lambda *args: may_write.wait() and write(*args)
-    pauses, foreground, updates = [], [], {False: [], True: []}
     with tempfile.TemporaryDirectory() as folder:
         run = set_up_124m(folder, total_batch_size=512)
-        batches = prefetch(run.train_loader.batches(0), run.ranks.device)
-
-        def update():
-            train_gpt2.training_step(run, 0, batches, Signals())
-
         with checkpoints.Saver(run, None) as saver:
-            update()  # a thread fetches the memory for the copy after it
-            for step in range(num_saves):
-                update()
-                pauses.append(seconds_of(functools.partial(saver.save, step)))
-                for writes in [False, True] * num_updates:
-                    (may_write.set if writes else may_write.clear)()
-                    seconds = seconds_of(update)
-                    updates[writes] += [seconds] if saver.writing else []
-                may_write.set()
-                saver.wait()
-                foreground.append(seconds_of(functools.partial(saver.save, step, wait=True)))
-        batches.close()
+            pauses, foreground, updates = time_saves(
+                run, saver, may_write, num_saves, num_updates)
     checkpoints.StoppableFile.write = write
     alone, meanwhile = (statistics.median(updates[writes]) for writes in (False, True))
     result = {"pauses": pauses, "foreground": statistics.median(foreground),

@@ -63,20 +63,23 @@ def test_optimized_loss_and_gradients_are_those_of_the_plain_model(
         assert gradients[name].dtype == torch.float32
 
 
+def bfloat16_losses_and_gradients(context):
+    """Of two batches, after a forward without gradients, which has cast the weights before."""
+    model, losses = optimized_model(), []
+    with context():
+        with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
+            model(random_batch()[0])
+        for seed in range(2):
+            with torch.autocast("cpu", torch.bfloat16):
+                losses.append(model(*random_batch(seed))[1])
+            losses[-1].backward()
+    return losses, {name: p.grad for name, p in model.named_parameters()}
+
+
 def test_kept_casts_change_no_bit_of_gradients(onednn_at_any_size, small_chunks):
-    """Also if a forward without gradients has cast the weights first."""
-    results = []
-    for context in (nullcontext, kernels.kept_casts):
-        model, losses = optimized_model(), []
-        with context():
-            with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
-                model(random_batch()[0])
-            for seed in range(2):
-                with torch.autocast("cpu", torch.bfloat16):
-                    losses.append(model(*random_batch(seed))[1])
-                losses[-1].backward()
-        results.append((losses, {name: p.grad for name, p in model.named_parameters()}))
-    (expected_losses, expected), (losses, gradients) = results
+    """Guards against copies that are stale, or that pass no gradient on to their weights."""
+    expected_losses, expected = bfloat16_losses_and_gradients(nullcontext)
+    losses, gradients = bfloat16_losses_and_gradients(kernels.kept_casts)
     assert losses == expected_losses
     for name, gradient in expected.items():
         assert gradient.any() and torch.equal(gradients[name], gradient), name
