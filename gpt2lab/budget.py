@@ -67,7 +67,7 @@ EVALUATION_SHARE = 0.05  # of the time, at most, is for validation losses
 MAX_VAL_TOKENS = 20 * 524_288  # for a validation loss, as in the 124M run
 SAVE_EVERY_SECONDS = 600
 SAVE_BYTES_PER_SECOND = 3e8  # which a slow disk writes
-END_SECONDS = 1.0  # for the samples and the plot at the end
+END_SECONDS = 1.5  # for the samples and the plot at the end
 SPARE_SHARE = 0.03  # of the time, because a machine is not equally fast in every minute
 PLANNED = ("n_layer", "n_head", "n_embd", "block_size", "B", "T", "total_batch_size", "max_steps",
            "max_lr", "min_lr", "warmup_steps", "schedule", "optimizer", "weight_decay", "beta2",
