@@ -343,7 +343,7 @@ class TrainConfig:
     resume: str | None = option(None, "continue from this checkpoint, or from the newest one in "
                                 "log_dir, if there is one", nargs="?", const="newest")
     resume_anyway: bool = option(False, "resume even if data, batch size or schedule differ")
-    minutes: float | None = option(None, "choose sizes and updates for a run of so long", 0.01)
+    minutes: float | None = option(None, "plan a run that takes so many minutes", 0.01)
     # model
     model: str = option("gpt2", "model shape", choices=tuple(presets.MODEL_SIZES))
     n_layer: int | None = option(None, "layers, instead of the model's")

@@ -14,7 +14,8 @@ from gpt2lab.generate import generate
 from gpt2lab.runlog import open_logger
 from gpt2lab.tokenizer import Tokenizer
 
-# of the samples. At temperature 1, a small model writes half again as many words that do not exist
+# of the samples. At temperature 1, the demo's model of Tiny Shakespeare writes half again as many
+# words that the text does not have
 SAMPLING = dict(temperature=0.8, top_k=50)
 
 
